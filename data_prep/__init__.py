@@ -1,0 +1,1 @@
+"""Datasets to samples, and the offline demo's own corpus and models."""

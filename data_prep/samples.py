@@ -1,0 +1,144 @@
+"""Rows of any dataset → samples: read, checked, cut to size, told apart by the hash of their content."""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fusion.config import Dataset
+from fusion.records import Message, Sample, sample_id
+
+_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
+
+
+def read_rows(dataset: Dataset, key: str) -> Iterator[tuple[str, dict]]:
+    """Every row of a dataset with where it stands (`file:line` or `dataset row n`).
+
+    Raises:
+        ValueError: nothing is there, or it cannot be read; `key` names the config entry.
+    """
+    path = Path(dataset.data).expanduser()
+    if path.suffix in (".jsonl", ".json") and path.is_file():
+        yield from _json_lines(path)
+        return
+    yield from _with_datasets(dataset, path, key)
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, dict]]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}:{number}: is not JSON ({error.msg}); one object a line") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}:{number}: is not an object with `text` or `messages`")
+            yield f"{path}:{number}", row
+
+
+def _with_datasets(dataset: Dataset, path: Path, key: str) -> Iterator[tuple[str, dict]]:
+    from datasets import load_dataset
+
+    if path.suffix == ".parquet" and path.is_file():
+        how: dict[str, Any] = {"path": "parquet", "data_files": str(path), "split": "train", "streaming": True}
+    elif path.exists() or not path.is_absolute() and path.suffix not in (".jsonl", ".json", ".parquet"):
+        how = {"path": str(path) if path.exists() else dataset.data, "name": dataset.subset, "split": dataset.split}
+    else:
+        raise ValueError(f"{key}: {dataset.data} does not exist; give a .jsonl or .parquet file, a folder or a hub id")
+    try:
+        rows = load_dataset(**how)
+    except Exception as error:  # datasets raises its own, huggingface_hub's and pyarrow's errors alike
+        raise ValueError(f"{key}: {dataset.data} cannot be loaded: {' '.join(str(error).split())[:160]}") from error
+    for number, row in enumerate(rows, 1):
+        yield f"{dataset.data} row {number}", dict(row)
+
+
+def to_sample(row: dict, where: str, domain: str | None) -> Sample | None:
+    """A row as a sample; None where it is blank.
+
+    `text`, `messages` (role, content) and `conversations` (from, value) are understood.
+
+    Raises:
+        ValueError: the row has none of these, or one of another shape.
+    """
+    domain = str(domain or row.get("domain") or row.get("source") or "all")
+    turns = row.get("messages") or row.get("conversations")
+    if turns is not None:
+        messages = tuple(_message(turn, where) for turn in turns)
+        _check_unicode("".join(m.content for m in messages), where)
+        if not any(m.role == "assistant" and m.content.strip() for m in messages):
+            return None
+        return Sample(sample_id(None, messages), domain, None, messages)
+    text = row.get("text")
+    if not isinstance(text, str):
+        raise ValueError(
+            f"{where}: has neither `text` nor `messages`; its keys are {', '.join(map(str, row)) or 'none'}"
+        )
+    _check_unicode(text, where)
+    return Sample(sample_id(text), domain, text) if text.strip() else None
+
+
+def _message(turn: object, where: str) -> Message:
+    if isinstance(turn, dict):
+        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        if isinstance(role, str) and isinstance(content, str):
+            return Message(_ROLES.get(role.lower(), role.lower()), content)
+    raise ValueError(f"{where}: a message is not {{role, content}}: {str(turn)[:60]!r}")
+
+
+def _check_unicode(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: is not valid Unicode (lone surrogate at character {error.start})") from None
+
+
+def cut(sample: Sample, max_bytes: int) -> list[Sample]:
+    """The sample in pieces of at most `max_bytes`.
+
+    A text is cut at line ends, else spaces, else anywhere between characters; a chat keeps the leading turns that fit
+    and ends with an assistant's, or is nothing at all.
+    """
+    if sample.text is not None:
+        pieces = list(_cut_text(sample.text, max_bytes))
+        last = len(pieces) - 1
+        return [Sample(sample_id(p), sample.domain, p, (), n == last) for n, p in enumerate(pieces) if p.strip()]
+    kept, size, fits = 0, 0, 0
+    for n, message in enumerate(sample.messages, 1):
+        size += len(message.content.encode())
+        if size <= max_bytes and message.role == "assistant":
+            kept, fits = n, fits + 1
+    if kept == len(sample.messages):
+        return [sample]
+    messages = sample.messages[:kept]
+    return [replace(sample, id=sample_id(None, messages), messages=messages)] if fits else []
+
+
+def _cut_text(text: str, max_bytes: int) -> Iterator[str]:
+    while len(text.encode()) > max_bytes:
+        head = text.encode()[:max_bytes].decode(errors="ignore")
+        at = head.rfind("\n") + 1 or head.rfind(" ") or len(head)
+        yield text[: max(at, 1)]
+        text = text[max(at, 1) :]
+    yield text
+
+
+def fraction(id: str, salt: int) -> float:
+    """A number in [0, 1) that depends on the id alone; salts 0 and 1 are independent of each other."""
+    return int(id[8 * salt : 8 * salt + 8], 16) / 2**32
+
+
+def matches(row: dict, where: dict[str, str]) -> bool:
+    """True when the row has every value that the config asks for."""
+    return all(str(row.get(column)) == value for column, value in where.items())
+
+
+def unique(samples: Iterable[Sample], seen: set[str]) -> Iterator[Sample]:
+    """The samples whose id has not been seen."""
+    for sample in samples:
+        if sample.id not in seen:
+            seen.add(sample.id)
+            yield sample

@@ -1,0 +1,138 @@
+"""Maps between vocabularies: sparse matrices W (source ids × target ids) whose rows sum to at most 1."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+from scipy.sparse import csr_array
+
+from fusion.artifact import atomic
+from fusion.tokens.bytes import ByteTable, Kind
+
+Matrix = csr_array
+
+
+def exact(source: ByteTable, target: ByteTable) -> Matrix:
+    """Each source id to the target id of the same bytes, where there is one; control ids are left empty."""
+    by_bytes = _by_bytes(target)
+    return _from_pairs([(t, by_bytes.get(p, -1)) for t, p in _spelled(source)], (len(source), len(target)))
+
+
+def prefix(source: ByteTable, target: ByteTable) -> Matrix:
+    """Each source id to the longest target token that its bytes begin with.
+
+    Where a source token is longer than any target token, its mass goes to the token that has to come first. (By bytes
+    and not by the target's encoding of them: a token may be part of a character, which no encoder takes.)
+    """
+    by_bytes = _by_bytes(target)
+    longest = max((len(p) for p in by_bytes), default=0)
+    pairs = []
+    for t, piece in _spelled(source):
+        heads = (piece[:n] for n in range(min(len(piece), longest), 0, -1))
+        pairs.append((t, next((by_bytes[h] for h in heads if h in by_bytes), -1)))
+    return _from_pairs(pairs, (len(source), len(target)))
+
+
+def statistics(counts: Matrix, hard: bool, width: int) -> Matrix:
+    """From how often the target's next token was s where the source's was t (FuseChat, Wan et al. 2402.16107).
+
+    Args:
+        counts: C[t, s].
+        hard: each t to argmax_s C[t, s] alone; else the share C[t, s] / Σ_s C[t, s], an estimate of P(s | t).
+        width: entries kept in a row; what the others had is lost, not shared out.
+    """
+    counts = csr_array(counts, dtype=np.float64)
+    totals = np.maximum(counts.sum(axis=1), 1)
+    shares = csr_array(
+        (counts.data / np.repeat(totals, np.diff(counts.indptr)), counts.indices, counts.indptr), counts.shape
+    )
+    kept = widest(shares, 1 if hard else width)
+    if hard:
+        kept.data[:] = 1.0
+    return kept
+
+
+def count_pairs(pairs: Iterable[tuple[np.ndarray, np.ndarray]], shape: tuple[int, int]) -> Matrix:
+    """How often each (source token, target token) comes together."""
+    total = csr_array(shape, dtype=np.int64)
+    waiting: list[np.ndarray] = []
+    size = 0
+    for t, s in pairs:
+        waiting.append(t.astype(np.int64) * shape[1] + s)
+        size += len(t)
+        if size > 4_000_000:
+            total, waiting, size = total + _count(waiting, shape), [], 0
+    return csr_array(total + _count(waiting, shape))
+
+
+def _count(keys: list[np.ndarray], shape: tuple[int, int]) -> Matrix:
+    values, counts = np.unique(np.concatenate([np.zeros(0, np.int64), *keys]), return_counts=True)
+    return csr_array((counts.astype(np.int64), (values // shape[1], values % shape[1])), shape=shape)
+
+
+def chain(first: Matrix, *others: Matrix) -> Matrix:
+    """The first map, with the rows it leaves empty taken from the next one that has them."""
+    result = csr_array(first, dtype=np.float64)
+    for other in others:
+        empty = np.diff(result.indptr) == 0
+        taken = csr_array(other, dtype=np.float64).multiply(empty[:, None])
+        result = csr_array(result + taken)
+    result.eliminate_zeros()
+    result.sort_indices()
+    return result
+
+
+def pair(source_id: int | None, target_id: int | None, shape: tuple[int, int]) -> Matrix:
+    """A map of one entry: the end of a text to the end of a text."""
+    known = source_id is not None and target_id is not None
+    return _from_pairs([(source_id, target_id)] if known else [], shape)  # type: ignore[list-item]
+
+
+def widest(matrix: Matrix, width: int) -> Matrix:
+    """The `width` largest entries of each row; of equal ones, that of the smaller column."""
+    rows = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
+    order = np.lexsort((matrix.indices, -matrix.data, rows))
+    place = np.arange(len(order)) - matrix.indptr[rows[order]]
+    kept = np.sort(order[place < width])
+    return csr_array((matrix.data[kept], (rows[kept], matrix.indices[kept])), shape=matrix.shape)
+
+
+def save(path: Path, matrix: Matrix) -> None:
+    """Write a map as safetensors."""
+    tensors = {
+        "values": matrix.data.astype(np.float32),
+        "columns": matrix.indices.astype(np.int32),
+        "rows": matrix.indptr.astype(np.int64),
+        "shape": np.array(matrix.shape, dtype=np.int64),
+    }
+    with atomic(path) as part:
+        save_file(tensors, part)
+
+
+def load(path: Path) -> Matrix:
+    """Read a map."""
+    tensors = load_file(path)
+    return csr_array((tensors["values"], tensors["columns"], tensors["rows"]), shape=tuple(tensors["shape"]))
+
+
+def _spelled(table: ByteTable) -> list[tuple[int, bytes]]:
+    return [(i, p) for i, p in enumerate(table.pieces) if p and table.kinds[i] in (Kind.TEXT, Kind.BYTE)]
+
+
+def _by_bytes(table: ByteTable) -> dict[bytes, int]:
+    """Bytes → id; a text token before a byte token of the same bytes, then the smaller id."""
+    found: dict[bytes, int] = {}
+    for i, piece in sorted(_spelled(table), key=lambda item: (table.kinds[item[0]], item[0])):
+        found.setdefault(piece, i)
+    return found
+
+
+def _from_pairs(pairs: list[tuple[int, int]], shape: tuple[int, int]) -> Matrix:
+    kept = np.array([p for p in pairs if p[1] >= 0], dtype=np.int64).reshape(-1, 2)
+    return csr_array((np.ones(len(kept)), (kept[:, 0], kept[:, 1])), shape=shape)
+
+
+def identity(size: int) -> Matrix:
+    """Each id to itself: two models of one vocabulary."""
+    return _from_pairs([(i, i) for i in range(size)], (size, size))

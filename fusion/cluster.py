@@ -1,0 +1,138 @@
+"""Ranks: who am I, which share of the work is mine, and where all meet. `deepspeed` is imported here alone."""
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """This process's number among all, 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """This process's number on its own machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world() -> int:
+    """How many processes the launcher started on all machines, 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """True on the one rank that talks and writes manifests."""
+    return rank() == 0
+
+
+def start() -> None:
+    """Join the process group (NCCL with GPUs, gloo without), also when this process is alone.
+
+    A lone process gets the launcher's variables, so that one code path trains under `deepspeed` and plain `python`.
+    Threads are shared out among the ranks of one machine: two ranks with all cores each crawl.
+    """
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)))
+    if torch.distributed.is_initialized():
+        return
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # told, DeepSpeed does not guess and warn
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+
+
+def stop() -> None:
+    """Leave the process group; safe to call where none was joined."""
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        with suppress(RuntimeError):  # a peer that is gone already must not turn a finished run into a failed one
+            torch.distributed.destroy_process_group()
+
+
+def device() -> Any:
+    """The torch.device this rank computes on."""
+    import torch
+
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if world() > 1:
+        import torch
+
+        torch.distributed.barrier()
+
+
+def share(items: Sequence[T]) -> list[T]:
+    """This rank's items: every world()-th, beginning at its own number."""
+    return list(items[rank() :: world()])
+
+
+def broadcast(value: T) -> T:
+    """Rank 0's value, on every rank."""
+    if world() == 1:
+        return value
+    import torch
+
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's value, in the order of ranks, on every rank."""
+    if world() == 1:
+        return [value]
+    import torch
+
+    boxes: list[Any] = [None] * world()
+    torch.distributed.all_gather_object(boxes, value)
+    return boxes
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """Do `work` on rank 0 and give its value to all; its ValueError or OSError is raised on every rank."""
+    outcome: tuple[bool, Any] = (True, None)
+    if is_main():
+        try:
+            outcome = (True, work())
+        except (ValueError, OSError) as error:
+            outcome = (False, error)
+    good, value = broadcast(outcome)
+    if not good:
+        raise value
+    return value
+
+
+def together(work: Callable[[], T]) -> list[T]:
+    """Do `work` on every rank and wait for all; what one raises (ValueError, OSError) is raised on all, none hangs."""
+    try:
+        outcome: tuple[bool, Any] = (True, work())
+    except (ValueError, OSError) as error:
+        outcome = (False, error)
+    outcomes = gather(outcome)
+    for good, value in outcomes:
+        if not good:
+            raise value
+    return [value for _, value in outcomes]

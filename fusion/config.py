@@ -1,0 +1,264 @@
+"""What a user may say, one frozen dataclass a stage, read strictly from YAML.
+
+`load` turns any mistake into one line: the key, the value and what would do.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import field, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+_STRICT = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=False)
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Model:
+    """A model: a folder or a hub id."""
+
+    model: str
+    name: Name = "pivot"
+    template: str = "own"  # own | plain | the path of a Jinja file
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
+    trust_remote_code: bool = False
+    cache: str | None = None  # a cache captured before, used as it is
+    parameters: Annotated[float, Field(gt=0)] | None = None  # for --plan, while the model is not here
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Dataset:
+    """Samples: a JSON-lines or parquet file, a folder that `datasets` loads, or a hub id."""
+
+    data: str
+    domain: Name | None = None  # one domain for all rows; else the row's `domain` or `source`
+    split: str = "train"
+    subset: str | None = None
+    heldout: bool = False  # every row is for measuring, none for training
+    limit: Positive | None = None  # the first so many rows, in the order of their ids
+    where: dict[str, str] = field(default_factory=dict)  # keep rows whose column has this value
+    megabytes: Annotated[float, Field(gt=0)] | None = None  # for --plan, while the data is not here
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Prepare:
+    """Datasets → samples."""
+
+    data: tuple[Dataset, ...]
+    max_bytes: Positive = 4096  # longer texts are split at line ends, longer chats lose their last turns
+    heldout_share: Annotated[float, Field(ge=0, lt=1)] = 0.05  # by hash of the content; 0 where a dataset is held out
+    train_share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the rest, by hash too
+    heldout_limit: Positive = 1000  # samples a domain to measure on
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Capture:
+    """What is kept of each source's next-token distributions."""
+
+    sampler: Literal["top_k"] = "top_k"
+    k: Positive = 32
+    batch_tokens: Positive = 8192
+    too_long: Literal["refuse", "skip"] = "refuse"  # a sample longer than the source's context
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Align:
+    """Source token ids → target token ids."""
+
+    map: Literal["soft", "hard", "exact", "prefix"] = "soft"
+    fallback: Literal["prefix", "exact", "none"] = "prefix"
+    targets_per_token: Positive = 16  # widest row of a soft map
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Distill:
+    """Targets from the pivot."""
+
+    topology: Literal["pairwise", "joint"] = "pairwise"
+    gate: Literal["min_ce", "all", "none"] = "min_ce"
+    pivot_teaches: bool = True  # the pivot is one of the gate's candidates
+    label_weight: Share = 0.5  # lambda
+    missing_mass: Literal["ghost", "drop", "renormalise"] = "ghost"
+    k: Positive = 64  # entries of the projected distribution that are kept
+    control: bool = True  # one more target from labels alone, for the report
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-5
+    warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    batch_size: Positive = 16  # samples a step, all ranks together
+    per_rank: Positive = 8  # samples a rank reads at once; the rest of a step is accumulated
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    gradient_checkpointing: bool = False
+    save_steps: Positive = 500
+    deepspeed: str = "configs/deepspeed/zero2.json"
+    too_long: Literal["refuse", "skip"] = "refuse"
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Merge:
+    """Targets + base → one model."""
+
+    method: Name = "sce"
+    parameters: dict[str, float | int | bool | str | list[float]] = field(default_factory=dict)
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None  # None: the targets' own
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Release:
+    """The checkpoint, its card, its report."""
+
+    batch_tokens: Positive = 8192
+    prompts: tuple[str, ...] = ()  # continued by the fused model, for the report
+    new_tokens: Positive = 48
+    license: str | None = None
+    hub: str | None = None  # owner/name to publish under
+    private: bool = True
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Tracking:
+    """Progress and wandb."""
+
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online with an API key, else offline
+    project: str = "fusion"
+    every: Positive = 10  # steps between log lines
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Config:
+    """One fusion."""
+
+    name: Name
+    pivot: Model
+    sources: Annotated[tuple[Model, ...], Field(min_length=1)]
+    prepare: Prepare
+    out: str | None = None  # default runs/NAME
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    capture: Capture = field(default_factory=Capture)
+    align: Align = field(default_factory=Align)
+    distill: Distill = field(default_factory=Distill)
+    merge: Merge = field(default_factory=Merge)
+    release: Release = field(default_factory=Release)
+    tracking: Tracking = field(default_factory=Tracking)
+
+    def __post_init__(self) -> None:
+        names = [s.name for s in self.sources]
+        for name in names:
+            if name in ("pivot", "control", "fused") or names.count(name) > 1:
+                raise ValueError(f"sources: the name {name!r} is taken; give each source a `name` of its own")
+
+    @property
+    def folder(self) -> Path:
+        """Where all stages write."""
+        return Path(self.out or f"runs/{self.name}")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `1e-4` as text; users mean a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+\Z"), list("-+.0123456789")
+)
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a config file and the `key=value` settings given beside it.
+
+    Raises:
+        ValueError: one line naming the file, the key, the value and what would do.
+    """
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); give --config an existing YAML file") from None
+    try:
+        tree = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: holds no keys; begin with `name:`, `pivot:`, `sources:`, `prepare:`")
+    for override in overrides:
+        _set(tree, override)
+    try:
+        return TypeAdapter(Config).validate_json(json.dumps(tree, default=str), strict=True)
+    except ValidationError as error:
+        raise ValueError(f"{path}: {_explain(error, tree)}") from None
+
+
+def _set(tree: dict, override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"--set {override}: write key=value, for example --set distill.epochs=3")
+    *parents, last = key.split(".")
+    node: Any = tree
+    for parent in parents:
+        node = (
+            node[int(parent)] if isinstance(node, list) and _is_index(parent, node) else _child(node, parent, override)
+        )
+    if isinstance(node, list) and _is_index(last, node):
+        node[int(last)] = yaml.load(value, _Loader)
+    elif isinstance(node, dict):
+        node[last] = yaml.load(value, _Loader)
+    else:
+        raise ValueError(f"--set {override}: {key} is not inside a section")
+
+
+def _child(node: Any, key: str, override: str) -> Any:
+    if not isinstance(node, dict):
+        raise ValueError(f"--set {override}: {key!r} is not inside a section")
+    if node.get(key) is None:
+        node[key] = {}
+    return node[key]
+
+
+def _is_index(text: str, items: list) -> bool:
+    return text.isdigit() and int(text) < len(items)
+
+
+def _explain(error: ValidationError, tree: dict) -> str:
+    """The first mistake in one line."""
+    mistake = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in mistake["loc"] if not str(part).startswith("function-"))
+    where = re.sub(r"\.(float|int|bool|str|list\[float\])$", "", where)
+    value = _shown(mistake.get("input"))
+    more = (
+        f" (and {error.error_count() - 1} more)"
+        if error.error_count() > 1 and mistake["type"] != "dataclass_type"
+        else ""
+    )
+    if mistake["type"] == "unexpected_keyword_argument":
+        return f"{where}: unknown key{_suggest(mistake['loc'], tree)}{more}"
+    if mistake["type"] in ("missing", "missing_argument"):
+        return f"{where}: missing; this key must be given{more}"
+    if mistake["type"] == "value_error":
+        return str(mistake["ctx"]["error"])
+    return f"{where}: {value} will not do: {mistake['msg'][0].lower()}{mistake['msg'][1:]}{more}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else text[:77] + "..."
+
+
+def _suggest(loc: tuple, tree: dict) -> str:
+    """`; did you mean X?` or the keys that exist there."""
+    kind: Any = Config
+    for part in loc[:-1]:
+        if isinstance(part, str) and is_dataclass(kind):
+            kind = get_type_hints(kind).get(part)
+        kind = next((k for k in (kind, *get_args(kind)) if is_dataclass(k)), kind)
+    if not is_dataclass(kind):
+        return ""
+    known = [f.name for f in fields(kind)]
+    close = difflib.get_close_matches(str(loc[-1]), known, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(known)}"

@@ -1,0 +1,67 @@
+"""Samples on disk: parquet, read group by group, so that no stage holds the corpus."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from fusion.artifact import atomic
+from fusion.records import Sample
+
+_LARGEST_GROUP = 256  # samples a rank claims at a time
+
+
+def write_samples(path: Path, samples: Sequence[Sample]) -> None:
+    """Write samples in row groups: of 256, smaller where that would be less than some 32 groups to share out."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema(
+        [
+            ("id", pa.string()),
+            ("domain", pa.string()),
+            ("complete", pa.bool_()),
+            ("text", pa.string()),
+            ("messages", pa.string()),
+        ]
+    )
+    size = max(8, min(_LARGEST_GROUP, len(samples) // 32))
+    with atomic(path) as part, pq.ParquetWriter(part, schema, compression="zstd") as writer:
+        for start in range(0, len(samples), size):
+            rows = [_to_row(sample) for sample in samples[start : start + size]]
+            writer.write_table(pa.Table.from_pylist(rows, schema))
+
+
+class Corpus:
+    """The samples of one part (`train` or `heldout`) of a prepared folder."""
+
+    def __init__(self, folder: Path, part: str):
+        import pyarrow.parquet as pq
+
+        self._file = pq.ParquetFile(folder / f"{part}.parquet")
+
+    def __len__(self) -> int:
+        return int(self._file.metadata.num_rows)
+
+    @property
+    def groups(self) -> int:
+        """How many groups there are."""
+        return int(self._file.num_row_groups)
+
+    def group(self, n: int) -> list[Sample]:
+        """The samples of group n."""
+        return [_from_row(row) for row in self._file.read_row_group(n).to_pylist()]
+
+    def __iter__(self) -> Iterator[Sample]:
+        for n in range(self.groups):
+            yield from self.group(n)
+
+
+def _to_row(sample: Sample) -> dict:
+    row = sample.to_row()
+    messages = row.get("messages")
+    return {**row, "text": row.get("text"), "messages": json.dumps(messages) if messages else None}
+
+
+def _from_row(row: dict) -> Sample:
+    messages = json.loads(row["messages"]) if row["messages"] else None
+    return Sample.from_row({**row, "messages": messages})

@@ -1,0 +1,69 @@
+"""Distill: one target from the pivot, taught by one source (pairwise), all of them (joint) or none (control)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fusion import cluster, hub
+from fusion.align import vocabulary
+from fusion.artifact import Artifact
+from fusion.capture.cache import Cache
+from fusion.config import Config
+from fusion.corpus import Corpus
+from fusion.distill.dataset import FusionDataset, Teacher
+from fusion.tokens.render import Renderer
+from fusion.tracking import Tracker
+
+
+def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, Any]:
+    """Train the target `out.subject`; write it as a Hugging Face folder `model/`.
+
+    `inputs` holds `prepare`, `pivot`, and for each teacher NAME `cache/NAME` and `map/NAME`. A run that was cut off goes
+    on from its last checkpoint.
+
+    Raises:
+        ValueError: see `trainer.train`, `dataset.FusionDataset` and `capture.cache.Cache`.
+    """
+    from fusion.distill import trainer as training
+
+    settings, pivot = config.distill, config.pivot
+    tokenizer = hub.load_tokenizer(pivot, inputs["pivot"])
+    renderer = Renderer(tokenizer, "pivot", hub.template_of(pivot))
+    names = [name.removeprefix("cache/") for name in inputs if name.startswith("cache/")]
+    teachers = [
+        Teacher(n, Cache(inputs[f"cache/{n}"], name=n), vocabulary.load(inputs[f"map/{n}"] / "map.safetensors"))
+        for n in names
+    ]
+    dataset = FusionDataset(
+        list(Corpus(inputs["prepare"], "train")),
+        renderer,
+        teachers,
+        settings.gate,
+        settings.k,
+        hub.context_of(inputs["pivot"]),
+        settings.too_long,
+    )
+    tracker = Tracker(config, f"distill-{out.subject}")
+    work, model = out.folder / "work", out.folder / "model"
+    trainer, figures = training.train(
+        lambda: hub.load_model(pivot, inputs["pivot"], "bfloat16"),
+        dataset,
+        settings,
+        config.seed,
+        work,
+        tracker,
+        f"distill {out.subject}",
+        config.tracking.every,
+    )
+    trainer.save_model(str(model))
+    history = trainer.state.log_history
+    training.release(trainer)
+    tracker.close()
+    cluster.barrier()
+
+    def finish() -> None:
+        tokenizer.save_pretrained(model)
+        (model / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nothing that anybody needs
+
+    cluster.on_main(finish)
+    return {**figures, "history": history}

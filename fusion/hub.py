@@ -1,0 +1,160 @@
+"""Models by folder or hub id: found, checked, fingerprinted, loaded. No other file decides where a model is."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from fusion.artifact import digest, file_digest, write_json
+from fusion.config import Model
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?\Z")
+_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+
+
+def locate(model: Model, key: str, weights: bool = True) -> Path:
+    """The folder of a model, downloaded first where it is named by hub id.
+
+    Args:
+        key: the config key, for errors.
+        weights: the weights are needed too.
+
+    Raises:
+        ValueError: no such folder or hub model, or one without config or safetensors weights.
+    """
+    folder = Path(model.model).expanduser()
+    if not folder.is_dir():
+        folder = _download(model.model, key, weights)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{key}: {model.model} has no config.json; give the folder of a Hugging Face model")
+    if weights and not any(folder.glob("*.safetensors")):
+        pickles = any(folder.glob("*.bin")) or any(folder.glob("*.pth"))
+        instead = (
+            "only pickled weights, which are not read; convert them with save_pretrained" if pickles else "no weights"
+        )
+        raise ValueError(f"{key}: {model.model} has {instead} (*.safetensors)")
+    index = folder / "model.safetensors.index.json"
+    if weights and index.is_file():
+        for shard in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+            if not (folder / shard).is_file():
+                raise ValueError(f"{key}: {model.model} lacks {shard}, which its index names; download it again")
+    return folder
+
+
+def _download(name: str, key: str, weights: bool) -> Path:
+    if not _HUB_ID.match(name) or name.count("/") > 1:
+        raise ValueError(f"{key}: {name} is no folder here and no hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = _PATTERNS if weights else [p for p in _PATTERNS if p != "*.safetensors"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        why = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else " ".join(str(error).split())[:120]
+        raise ValueError(f"{key}: {name} is no folder here and could not be had from the hub ({why})") from None
+
+
+def fingerprint(folder: Path, memory: Path) -> dict[str, str]:
+    """Digests of a model's tokenizer and weights (config included).
+
+    Hashes are remembered in the JSON file `memory` by path, size and time of change, so that a large model is read once.
+    """
+    tokenizer = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    weights = [*sorted(folder.glob("*.safetensors")), folder / "config.json"]
+    return {"tokenizer": _hash_all(tokenizer, memory), "weights": _hash_all(weights, memory)}
+
+
+def _hash_all(paths: list[Path], memory: Path) -> str:
+    """Digest of files by name and content; a file's hash is remembered while its size and time of change stay."""
+    remembered: dict[str, str] = json.loads(memory.read_text()) if memory.exists() else {}
+    known, hashes = dict(remembered), {}
+    for path in paths:
+        stat = path.stat()
+        tag = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+        if tag not in known:
+            known[tag] = file_digest(path)
+        hashes[path.name] = known[tag]
+    if known != remembered:
+        write_json(memory, known)
+    return digest(hashes)
+
+
+def load_tokenizer(model: Model, folder: Path) -> Any:
+    """The model's fast tokenizer.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    except Exception as error:  # a missing or broken tokenizer surfaces as anything from OSError to a Rust exception
+        raise ValueError(
+            f"{model.name}: no tokenizer could be loaded from {folder}: {' '.join(str(error).split())[:160]}"
+        ) from error
+
+
+def template_of(model: Model) -> str:
+    """What `Renderer` takes as its template: the text of the Jinja file where the config names one."""
+    if model.template in ("own", "plain"):
+        return model.template
+    path = Path(model.template)
+    if not path.is_file():
+        raise ValueError(f"{model.name}.template: {model.template} is no file; give own, plain or a Jinja file")
+    return path.read_text()
+
+
+def context_of(folder: Path) -> int | None:
+    """How many tokens the model reads at once, None where its config sets no bound."""
+    settings = json.loads((folder / "config.json").read_text())
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length"):
+        for level in (settings, settings.get("text_config") or {}):
+            if isinstance(level.get(name), int):
+                return int(level[name])
+    return None
+
+
+def load_model(model: Model, folder: Path, dtype: str | None = None) -> Any:
+    """The model with its causal language head, in evaluation mode on the CPU.
+
+    Raises:
+        ValueError: transformers cannot make a causal language model of the folder.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype or model.dtype),
+            attn_implementation=model.attention,
+            trust_remote_code=model.trust_remote_code,
+            output_loading_info=True,
+        )
+    except (ValueError, OSError, KeyError, ImportError, RuntimeError) as error:
+        raise ValueError(
+            f"{model.name}: {folder} does not load as a causal language model: {' '.join(str(error).split())[:200]}"
+        ) from error
+    if info["missing_keys"]:
+        raise ValueError(f"{model.name}: {folder} lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}")
+    return loaded.eval()
+
+
+def fingerprint_data(data: str, memory: Path) -> str:
+    """What identifies a dataset: the digest of a file's bytes, of a folder's files, or a hub id as it is."""
+    path = Path(data).expanduser()
+    if path.is_file():
+        return _hash_all([path], memory)
+    if path.is_dir():
+        return _hash_all([p for p in sorted(path.rglob("*")) if p.is_file()], memory)
+    return f"hub:{data}"

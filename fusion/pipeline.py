@@ -1,0 +1,235 @@
+"""The stages in order: prepare → capture → align → distill → merge → release. The only file that knows them all."""
+
+import importlib
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fusion import cluster, hub, tracking
+from fusion.artifact import Artifact, digest, read_manifest, verify
+from fusion.config import Config, Model
+
+# stage → its module, and the number of its format: raised when the same settings no longer give the same bytes
+STAGES = {
+    "prepare": ("data_prep.stage", 1),
+    "capture": ("fusion.capture.stage", 1),
+    "align": ("fusion.align.stage", 1),
+    "distill": ("fusion.distill.stage", 1),
+    "merge": ("fusion.merge.stage", 1),
+    "release": ("fusion.release.stage", 1),
+}
+# settings that change how long a stage takes or whether it starts, never what it writes
+_IDLE = {
+    "per_rank",
+    "save_steps",
+    "too_long",
+    "gradient_checkpointing",
+    "batch_tokens",
+    "megabytes",
+    "parameters",
+    "data",
+}
+_OF_TEACHERS = {"gate", "pivot_teaches", "missing_mass", "k", "label_weight", "topology"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run of one stage: where it writes and the folders it reads."""
+
+    out: Artifact
+    inputs: Mapping[str, Path]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the config names, found on disk: each model's folder and digests, each dataset's digest."""
+
+    folders: Mapping[str, Path]
+    prints: Mapping[str, Mapping[str, str]]
+    data: Sequence[str]
+
+
+def run(config: Config, only: Sequence[str] = (), start: str | None = None) -> None:
+    """Do all stages that are not done, or only some, on every rank.
+
+    Args:
+        only: stages to do; what they read must be finished.
+        start: the first stage to do; what comes before must be finished.
+
+    Raises:
+        ValueError: anything that the user can mend, in one line.
+    """
+    tasks = cluster.on_main(lambda: plan(config, find(config)))
+    wanted = [
+        s
+        for s in STAGES
+        if (not only or s in only) and (start is None or list(STAGES).index(s) >= list(STAGES).index(start))
+    ]
+    checked: set[Path] = set()
+    for task in tasks:
+        if cluster.on_main(task.out.done):
+            tracking.say(f"[dim]{task.out.label:<20} done before[/dim]  {task.out.folder}")
+        elif task.out.stage in wanted:
+            _do(config, task, checked)
+        elif any(task.out.folder in later.inputs.values() and later.out.stage in wanted for later in tasks):
+            raise ValueError(
+                f"{task.out.label} is not finished and a stage that was asked for reads it; leave away --only or --from"
+            )
+    last = tasks[-1]
+    if "release" in wanted:
+        stage(last.out.stage).announce(config, last.out)
+
+
+def stage(name: str) -> Any:
+    """The module of a stage."""
+    return importlib.import_module(STAGES[name][0])
+
+
+def _do(config: Config, task: Task, checked: set[Path]) -> None:
+    """Run one task on every rank and publish what it wrote."""
+    tracking.say(f"[bold]{task.out.label}[/bold]")
+    cluster.on_main(lambda: _check_inputs(task, checked))
+    begun = time.monotonic()
+    facts = stage(task.out.stage).run(config, task.inputs, task.out)
+    seconds = time.monotonic() - begun
+    cluster.barrier()
+
+    def finish() -> None:
+        task.out.publish(facts, seconds)
+        shutil.rmtree(task.out.folder / "work", ignore_errors=True)
+
+    cluster.on_main(finish)
+    tracking.say(f"  {_brief(facts)}  [dim]{seconds:.1f} s[/dim]")
+
+
+def _check_inputs(task: Task, checked: set[Path]) -> None:
+    task.out.folder.mkdir(parents=True, exist_ok=True)
+    for folder in task.inputs.values():
+        if folder not in checked and (folder / "manifest.json").exists():
+            verify(folder)
+            checked.add(folder)
+
+
+def _brief(facts: Mapping[str, Any]) -> str:
+    """The numbers among the facts, on one line."""
+    shown = [
+        f"{name} {value:,}"
+        for name, value in facts.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    ]
+    return ", ".join(shown[:9])
+
+
+def find(config: Config) -> Found:
+    """Find and fingerprint every model and dataset.
+
+    Raises:
+        ValueError: one that is missing or broken, by its config key.
+    """
+    config.folder.mkdir(parents=True, exist_ok=True)
+    memory = config.folder / ".fingerprints.json"
+    folders, prints = {}, {}
+    for key, model in [
+        ("pivot.model", config.pivot),
+        *((f"sources.{n}.model", s) for n, s in enumerate(config.sources)),
+    ]:
+        folders[model.name] = hub.locate(model, key, weights=model.cache is None)
+        prints[model.name] = hub.fingerprint(folders[model.name], memory)
+    return Found(folders, prints, [hub.fingerprint_data(d.data, memory) for d in config.prepare.data])
+
+
+def plan(config: Config, found: Found) -> list[Task]:
+    """Every task of a fusion, in an order in which each comes after what it reads."""
+    root = config.folder
+    tasks: list[Task] = []
+
+    def task(
+        name: str, subject: str, settings: Mapping[str, Any], reads: Mapping[str, Artifact | tuple[Path, str]]
+    ) -> Artifact:
+        keys = {n: r.key if isinstance(r, Artifact) else r[1] for n, r in reads.items()}
+        out = Artifact.planned(root, name, subject, {"format": STAGES[name][1], **settings}, keys)
+        tasks.append(Task(out, {n: r.folder if isinstance(r, Artifact) else r[0] for n, r in reads.items()}))
+        return out
+
+    def model(m: Model) -> tuple[Path, str]:
+        return found.folders[m.name], digest(found.prints[m.name])
+
+    def tokenizer(m: Model) -> tuple[Path, str]:
+        return found.folders[m.name], found.prints[m.name]["tokenizer"]
+
+    datasets = [_settings(d, "limit", "where", "domain", "heldout", "split", "subset") for d in config.prepare.data]
+    prepare = task(
+        "prepare", "", {**_settings(config.prepare), "data": [[*p] for p in zip(found.data, datasets, strict=True)]}, {}
+    )
+    teachers = list(config.sources)
+    if config.distill.pivot_teaches and config.distill.gate != "none":
+        teachers.append(config.pivot)
+    caches: dict[str, Any] = {}
+    maps: dict[str, Artifact] = {}
+    for m in teachers:
+        if m.cache is not None:
+            caches[m.name] = (Path(m.cache), str(read_manifest(Path(m.cache))["key"]))
+        else:
+            how = {**_settings(config.capture), "dtype": m.dtype, "template": hub.template_of(m)}
+            caches[m.name] = task("capture", m.name, how, {"prepare": prepare, "model": model(m)})
+    for m in teachers:
+        how = {**_settings(config.align), "templates": [hub.template_of(m), hub.template_of(config.pivot)]}
+        reads = {"prepare": prepare, "cache": caches[m.name], "model": tokenizer(m), "pivot": tokenizer(config.pivot)}
+        maps[m.name] = task("align", m.name, how, reads)
+    targets: dict[str, Artifact] = {}
+    for name, taught_by in _targets(config, teachers).items():
+        idle = set() if taught_by else _OF_TEACHERS
+        how = {
+            k: v for k, v in _settings(config.distill).items() if k not in {"control", "topology", "deepspeed", *idle}
+        }
+        how |= {
+            "seed": config.seed,
+            "deepspeed": _optimizer(config.distill.deepspeed),
+            "template": hub.template_of(config.pivot),
+        }
+        reads = {"prepare": prepare, "pivot": model(config.pivot)}
+        reads |= {f"{kind}/{t}": made[t] for t in taught_by for kind, made in (("cache", caches), ("map", maps))}
+        targets[name] = task("distill", name, how, reads)
+    fused = {f"target/{n}": t for n, t in targets.items() if n != "control"}
+    merged = task("merge", "", _settings(config.merge), {"pivot": model(config.pivot), **fused})
+    measured = {f"model/{m.name}": model(m) for m in (*config.sources, config.pivot) if m.cache is None}
+    between = {a.label: a for a in [*(c for c in caches.values() if isinstance(c, Artifact)), *maps.values()]}
+    reads = {
+        "prepare": prepare,
+        "merge": merged,
+        **measured,
+        **{f"target/{n}": t for n, t in targets.items()},
+        **between,
+    }
+    task("release", "", {**_settings(config.release), "name": config.name}, reads)
+    return tasks
+
+
+def _targets(config: Config, teachers: Sequence[Model]) -> dict[str, list[str]]:
+    """Target name → the names of its teachers."""
+    own = [t.name for t in teachers if t is config.pivot]
+    control: dict[str, list[str]] = {"control": []} if config.distill.control else {}
+    if config.distill.topology == "joint":
+        return {"joint": [t.name for t in teachers], **control}
+    return {**{s.name: [s.name, *own] for s in config.sources}, **control}
+
+
+def _settings(part: Any, *names: str) -> dict[str, Any]:
+    """The settings of a config section that decide what its stage writes."""
+    return {k: v for k, v in asdict(part).items() if (k in names if names else k not in _IDLE)}
+
+
+def _optimizer(path: str) -> str:
+    """Digest of a DeepSpeed file without its ZeRO section, which shards the same computation."""
+    import json
+
+    try:
+        settings = json.loads(Path(path).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"distill.deepspeed: {path} cannot be read as JSON ({error}); configs/deepspeed holds examples"
+        ) from None
+    return digest({k: v for k, v in settings.items() if k != "zero_optimization"})

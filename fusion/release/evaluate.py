@@ -1,0 +1,89 @@
+"""Bits per byte: the one figure that models of different tokenizers share."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fusion import cluster, hub, tracking
+from fusion.config import Model
+from fusion.records import Carries, Rendered, Sample
+from fusion.tokens.batch import by_length, pad
+from fusion.tokens.render import Renderer
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """A stretch of a sample that fits the context; positions `first`.. of it are scored, those before are context."""
+
+    domain: str
+    ids: np.ndarray
+    first: int
+    content: np.ndarray  # bool (T,), the position predicts a token of a segment
+
+
+def bits_per_byte(model: Model, folder: Path, samples: Iterable[Sample], batch_tokens: int) -> dict[str, float]:
+    """A model's cross-entropy on the samples' segments, by domain, shared out over all ranks.
+
+    The end of a text is not counted, and every text is preceded by the model's start token, so that each byte is.
+    Samples longer than the context are read in windows that overlap by half.
+
+    Args:
+        folder: where the model is.
+        batch_tokens: tokens read at once.
+
+    Returns:
+        Domain → bits per byte.
+
+    Raises:
+        ValueError: the model or its tokenizer does not load.
+    """
+    renderer = Renderer(hub.load_tokenizer(model, folder), model.name, hub.template_of(model))
+    rendered = [(s.domain, renderer.render(s)) for s in samples]
+    loaded = hub.load_model(model, folder).to(cluster.device())
+    windows = [w for domain, r in rendered for w in _windows(domain, r, hub.context_of(folder))]
+    batches = cluster.share(list(by_length(windows, [len(w.ids) for w in windows], batch_tokens)))
+    nats: dict[str, float] = {}
+    for batch in tracking.progress(batches, f"measure {model.name}", len(batches)):
+        for window, score in zip(batch, _score(loaded, batch), strict=True):
+            nats[window.domain] = nats.get(window.domain, 0.0) + score
+    total: dict[str, float] = {}
+    for part in cluster.gather(nats):
+        for domain, value in part.items():
+            total[domain] = total.get(domain, 0.0) + value
+    sizes: dict[str, int] = {}
+    for domain, r in rendered:
+        sizes[domain] = sizes.get(domain, 0) + r.content_bytes
+    return {d: total.get(d, 0.0) / size / float(np.log(2)) for d, size in sorted(sizes.items()) if size}
+
+
+def _windows(domain: str, rendered: Rendered, context: int | None) -> Iterator[_Window]:
+    content = rendered.carries == Carries.CONTENT
+    context = max(context or len(rendered.ids), 2)
+    first, start = 0, 0
+    while True:
+        stop = min(start + context, len(rendered.ids))
+        yield _Window(domain, rendered.ids[start:stop], first - start, content[start:stop])
+        if stop == len(rendered.ids):
+            return
+        first, start = stop - 1, start + context // 2
+
+
+@torch.inference_mode()
+def _score(model: Any, batch: list[_Window]) -> list[float]:
+    """Σ −log p in nats over the scored content of each window."""
+    ids, mask = (torch.from_numpy(array).to(cluster.device()) for array in pad([w.ids for w in batch]))
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    scores = []
+    for row, window in enumerate(batch):
+        scored = np.flatnonzero(window.content[:-1])
+        at = torch.from_numpy(scored[scored >= window.first]).to(ids.device)
+        total = 0.0
+        for part in at.split(1024):
+            logp = logits[row, part].float().log_softmax(-1).gather(-1, ids[row, part + 1, None])
+            total -= float(logp.double().sum())
+        scores.append(total)
+    return scores

@@ -1,0 +1,114 @@
+"""Fuse language models: all stages, from a config file to a released checkpoint.
+
+deepspeed --num_gpus 2 launch/fuse.py --config configs/demo.yaml
+"""
+
+import argparse
+import errno
+import fcntl
+import os
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any
+
+_STAGES = ("prepare", "capture", "align", "distill", "merge", "release")
+_EXAMPLE = """examples:
+  deepspeed --num_gpus 8 launch/fuse.py --config configs/fusechat-7b.yaml
+  python launch/fuse.py --config configs/demo.yaml --set distill.epochs=4 --set seed=1
+  python launch/fuse.py --config configs/fusellm-7b.yaml --plan
+"""
+
+
+def main() -> int:
+    """Read the command line, run; 0 when all went well, 2 for what the user can mend."""
+    arguments = _parse()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    lock = None
+    try:
+        from fusion import config as configs
+
+        config = configs.load(arguments.config, arguments.set)
+        if arguments.plan:
+            from fusion import costs
+
+            costs.show(config)
+            return 0
+        lock = _lock(config.folder)
+        _run(config, arguments)
+    except (ValueError, OSError) as error:
+        return _fail(error)
+    finally:
+        if lock is not None:
+            lock.close()
+    return 0
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="launch/fuse.py",
+        description="Fuse several language models into one: prepare, capture, align, distill, merge, release.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="the YAML file that says what to fuse")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting (repeatable)"
+    )
+    parser.add_argument("--only", nargs="+", choices=_STAGES, default=[], metavar="STAGE", help="do these stages alone")
+    parser.add_argument(
+        "--from", dest="start", choices=_STAGES, metavar="STAGE", help="begin here; what comes before is finished"
+    )
+    parser.add_argument("--plan", action="store_true", help="print stages, sizes and costs; run nothing")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # from deepspeed
+    return parser.parse_args()
+
+
+def _run(config: Any, arguments: argparse.Namespace) -> None:
+    import logging
+    import warnings
+
+    import transformers
+
+    from fusion import cluster, pipeline
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    cluster.start()
+    try:
+        pipeline.run(config, arguments.only, arguments.start)
+    finally:
+        cluster.stop()
+
+
+def _lock(folder: Path) -> IO[str] | None:
+    """Hold the run's folder against a second run; the first rank of a machine holds it for all of its ranks."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise ValueError(
+            f"out: another run is writing to {folder}; wait for it, or give this one another `out`"
+        ) from None
+    return lock
+
+
+def _fail(error: Exception) -> int:
+    """One line, from the first rank that has it; the launcher stops the others."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(3)
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        text = f"no space left on the disk of {error.filename or 'the run folder'}; finished work is kept, free some and start again"
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
