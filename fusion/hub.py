@@ -3,9 +3,11 @@
 import json
 import os
 import re
+from math import prod
 from pathlib import Path
 from typing import Any
 
+from fusion import cluster
 from fusion.artifact import digest, file_digest, write_json
 from fusion.config import Model
 
@@ -136,7 +138,7 @@ def load_model(model: Model, folder: Path, dtype: str | None = None) -> Any:
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=getattr(torch, dtype or model.dtype),
+            dtype=getattr(torch, cluster.precision(dtype or model.dtype)),
             attn_implementation=model.attention,
             trust_remote_code=model.trust_remote_code,
             output_loading_info=True,
@@ -158,3 +160,14 @@ def fingerprint_data(data: str, memory: Path) -> str:
     if path.is_dir():
         return _hash_all([p for p in sorted(path.rglob("*")) if p.is_file()], memory)
     return f"hub:{data}"
+
+
+def count_parameters(folder: Path) -> int:
+    """Weights in a folder's safetensors, counted from their headers."""
+    from safetensors import safe_open
+
+    count = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "np") as file:
+            count += sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return count

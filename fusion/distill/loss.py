@@ -51,9 +51,8 @@ class _SparseCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden_NH), block):
             part = slice(start, start + block)
             hidden = hidden_NH[part]
-            logits = (hidden @ weight_VH.T.to(hidden.dtype)).to(exact)
-            if bias_V is not None:
-                logits += bias_V.to(exact)
+            bias = None if bias_V is None else bias_V.to(hidden.dtype)
+            logits = torch.nn.functional.linear(hidden, weight_VH.to(hidden.dtype), bias).to(exact)
             label_loss[part], fusion_loss[part], d_logits = _block(logits, targets, part, missing, any(wants))
             if d_logits is None:
                 continue

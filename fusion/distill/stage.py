@@ -46,7 +46,7 @@ def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, 
     tracker = Tracker(config, f"distill-{out.subject}")
     work, model = out.folder / "work", out.folder / "model"
     trainer, figures = training.train(
-        lambda: hub.load_model(pivot, inputs["pivot"], "bfloat16"),
+        lambda: hub.load_model(pivot, inputs["pivot"], settings.dtype),
         dataset,
         settings,
         config.seed,

@@ -106,7 +106,7 @@ def _arguments(settings: Distill, seed: int, work: Path, every: int) -> Training
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         gradient_checkpointing=settings.gradient_checkpointing,
-        bf16=True,
+        bf16=cluster.precision(settings.dtype) == "bfloat16",
         use_cpu=not torch.cuda.is_available(),
         deepspeed=settings.deepspeed,
         logging_steps=every,

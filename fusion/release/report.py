@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,22 +34,19 @@ _THEMES = {
 
 
 def console_table(summary: Summary) -> Table:
-    """Bits per byte of every model; the best of the target's architecture in bold, the fused model's row marked."""
-    table = Table(
-        title=Text(f"{summary.name}: held-out bits per byte (lower is better)"), title_justify="left"
-    )
+    """Bits per byte by model; the best of the target's architecture in bold, the fused model's row marked."""
+    title = Text(f"{summary.name}: held-out bits per byte (lower is better)")
+    table = Table(title=title, title_justify="left")
     table.add_column("model", overflow="fold")
     table.add_column("role")
-    for domain in (*summary.domains, "mean", "vs pivot"):
-        table.add_column(Text(domain), justify="right", no_wrap=True)
-    models = summary.ordered()
+    for head in (*summary.domains, "mean", "vs pivot"):
+        table.add_column(Text(head), justify="right", no_wrap=True)
+    models, columns = summary.ordered(), (*summary.domains, None)
     for model, after in zip(models, [*models[1:], None], strict=True):
-        cells = [
-            Text(f"{model.on(d):.4f}", "bold" if _is_best(summary, model, d) else "")
-            for d in (*summary.domains, None)
-        ]
+        styles = ["bold" if _is_best(summary, model, d) else "" for d in columns]
+        cells = [Text(f"{model.on(d):.4f}", style) for d, style in zip(columns, styles, strict=True)]
         table.add_row(
-            Text(model.name),
+            Text(model.subject),
             model.role,
             *cells,
             _change(summary, model),
@@ -81,18 +78,12 @@ def write_report(summary: Summary, folder: Path) -> Path:
         light, dark = themed["light"], themed["dark"]
         if light is not None and dark is not None:
             (folder / "plots" / f"{name}.png").write_bytes(light)
-            least = (
-                int.from_bytes(light[16:20], "big") // 2
-            )  # CSS pixels below which its text would be too small
-            figures[name] = {
-                "alt": alt,
-                "least": str(least),
-                "light": _data_url(light),
-                "dark": _data_url(dark),
-            }
+            # CSS pixels below which its text would be too small: half of the width that the PNG states
+            least = str(int.from_bytes(light[16:20], "big") // 2)
+            figures[name] = {"alt": alt, "least": least, "light": _data_url(light), "dark": _data_url(dark)}
     (folder / "results.json").write_text(summary.to_json(), encoding="utf-8")
     page = folder / "report.html"
-    page.write_bytes(_page(summary, figures).encode("utf-8", "replace"))  # a model may write half a character
+    page.write_text(_page(summary, figures), encoding="utf-8")
     return page
 
 
@@ -107,14 +98,11 @@ def _png(draw: Callable[[Summary], Any], summary: Summary, ink: str, paper: str,
     import matplotlib
 
     inked = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "hatch.color", "lines.color")
-    style = dict.fromkeys(inked, ink) | dict.fromkeys(("axes.facecolor", "figure.facecolor"), paper)
+    style: Any = dict.fromkeys(inked, ink) | dict.fromkeys(("axes.facecolor", "figure.facecolor"), paper)
     style |= {"axes.edgecolor": line, "grid.color": line, "axes.axisbelow": True, "legend.frameon": False}
     style |= {"font.size": 11, "axes.titlesize": 12, "axes.spines.top": False, "axes.spines.right": False}
-    style |= {
-        "savefig.facecolor": paper,
-        "hatch.linewidth": 0.6,
-        "text.parse_math": False,
-    }  # names may have a $
+    style |= {"savefig.facecolor": paper, "hatch.linewidth": 0.6}
+    style["text.parse_math"] = False  # names may have a $
     with matplotlib.rc_context(style), warnings.catch_warnings():
         # a name in a script that the font lacks shows as boxes in the plot, and right in the tables
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
@@ -139,7 +127,7 @@ def _short(name: str, longest: int = 18) -> str:
 
 def _look(summary: Summary, name: str) -> dict[str, str]:
     """Colour and hatching of a source or target: a target has its source's."""
-    names = list(dict.fromkeys(m.name for m in summary.models if m.role in ("source", "target")))
+    names = list(dict.fromkeys(m.subject for m in summary.models if m.role in ("source", "target")))
     if name not in names:
         return {
             "color": {"pivot": _PIVOT, "control": _CONTROL, "fused": _FUSED}.get(name, _PIVOT),
@@ -158,8 +146,8 @@ def _draw_bits(summary: Summary) -> Any:
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     for n, model in enumerate(bars):
         x = [c + (n - (len(bars) - 1) / 2) * width for c in range(len(columns))]
-        look = _look(summary, model.role if model.role in ("pivot", "control", "fused") else model.name)
-        label = model.role if model.role != "target" else f"target {_short(model.name)}"
+        look = _look(summary, model.subject if model.role == "target" else model.role)
+        label = model.role if model.role != "target" else f"target {_short(model.subject)}"
         above.bar(x, [model.on(d) for d in columns], width * 0.92, label=label, **look)
         changes = [change(model.on(d), summary.pivot.on(d)) for d in columns]
         drawn = below.bar(x, changes, width * 0.92, **look)
@@ -168,14 +156,20 @@ def _draw_bits(summary: Summary) -> Any:
             below.bar_label(
                 drawn, [f"{c:+.1f}".replace("-", "−") for c in changes], padding=2, fontsize=size, rotation=90
             )
-    places = {m.name: n - (len(bars) - 1) / 2 for n, m in enumerate(bars) if m.role == "target"}
+    places = {m.subject: n - (len(bars) - 1) / 2 for n, m in enumerate(bars) if m.role == "target"}
     for n, source in enumerate(sources):
         # on the bar of its own target, where each source has one
         offset = places.get(source.name, (n + 0.5 - len(sources) / 2) * len(bars) / len(sources)) * width
-        style = {"color": _look(summary, source.name)["color"], "marker": _MARKERS[n % len(_MARKERS)]}
         x, y = [c + offset for c in range(len(columns))], [source.on(d) for d in columns]
-        above.plot(x, y, linestyle="", markersize=9, markeredgewidth=1.2, label=f"source {_short(source.name)}",
-                   markeredgecolor=_ink(), **style)  # fmt: skip
+        above.plot(
+            x,
+            y,
+            _MARKERS[n % len(_MARKERS)],
+            markersize=9,
+            color="#ffffff",
+            markeredgecolor="#000000",
+            label=f"source {_short(source.name)}",
+        )
     above.set_ylabel("bits per byte")
     below.set_ylabel("% against the pivot")
     below.axhline(0, color=_PIVOT, linewidth=1)
@@ -186,8 +180,16 @@ def _draw_bits(summary: Summary) -> Any:
         below.tick_params(axis="x", rotation=30)
     for axes in (above, below):
         axes.grid(axis="y")
-    figure.legend(loc="outside upper center", ncols=int(figure.get_figwidth() // 2.2))
+    _legend(figure, above)
     return figure
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    """A legend above the panels, in as many columns as fit: a letter takes about 0.085 inches."""
+    handles, labels = axes.get_legend_handles_labels()
+    wide = 0.85 + 0.085 * max(map(len, labels))
+    columns = max(1, int(figure.get_figwidth() / wide))
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns)
 
 
 def _on(colour: Any) -> str:
@@ -196,12 +198,6 @@ def _on(colour: Any) -> str:
 
     red, green, blue = to_rgb(colour)
     return "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white"
-
-
-def _ink() -> str:
-    import matplotlib
-
-    return str(matplotlib.rcParams["text.color"])
 
 
 def _draw_training(summary: Summary) -> Any:
@@ -224,10 +220,10 @@ def _draw_training(summary: Summary) -> Any:
     for axes, title in zip(panels, ("label loss", "fusion loss, where taught"), strict=True):
         axes.set_title(title, loc="left")
         axes.set_xlabel("step")
+        axes.set_ylabel("nats a token")
         axes.grid()
         axes.xaxis.get_major_locator().set_params(integer=True, nbins=6)
-    panels[0].set_ylabel("nats a token")
-    figure.legend(loc="outside upper center", ncols=4)
+    _legend(figure, panels[0])
     return figure
 
 
@@ -259,12 +255,12 @@ def _draw_teachers(summary: Summary) -> Any:
     axes.set_xlabel("share of positions")
     axes.set_ylabel("target")
     axes.invert_yaxis()
-    figure.legend(loc="outside upper center", ncols=4)
+    _legend(figure, axes)
     return figure
 
 
 def _draw_merge(summary: Summary) -> Any:
-    """Coefficients (left) and update sizes (right) of the layers (above) and kinds of tensor (below) by target."""
+    """Coefficients (left) and updates (right) of layers (above) and kinds of tensor (below) by target."""
     import numpy as np
 
     sides = [("coefficient", summary.merge.coefficients), ("root mean square update", summary.merge.updates)]
@@ -277,19 +273,17 @@ def _draw_merge(summary: Summary) -> Any:
     names, heights = [_short(n, 14) for n in summary.merge.names], [len(k) for k in keys]
     size = (2.4 + len(sides) * max(2.8, 0.75 * len(names)), min(24, 2.2 + 0.3 * sum(heights)))
     figure = _figure(*size)
-    panels = figure.subplots(
-        len(grids), len(sides), squeeze=False, sharex=True, sharey="row", height_ratios=heights
-    )
+    shape: Any = {"squeeze": False, "sharex": True, "sharey": "row", "height_ratios": heights}
+    panels = figure.subplots(len(grids), len(sides), **shape)
     for column, (title, _) in enumerate(sides):
         missing = [np.nan] * len(names)
-        values = [
-            np.array([pair[column].get(k, missing) for k in ks]) for pair, ks in zip(grids, keys, strict=True)
-        ]
+        values = []
+        for pair, found in zip(grids, keys, strict=True):
+            values.append(np.array([pair[column].get(key, missing) for key in found]))
         _heat(figure, panels[:, column], values, title)
         panels[0, column].set_title(title, loc="left")
-        panels[-1, column].set_xticks(
-            range(len(names)), names, fontsize=9, rotation=0 if len(names) < 4 else 40
-        )
+        slant = 0 if len(names) < 4 else 40
+        panels[-1, column].set_xticks(range(len(names)), names, fontsize=9, rotation=slant)
     for axes, ks in zip(panels[:, 0], keys, strict=True):
         every = -(-len(ks) // 60)
         axes.set_yticks(range(0, len(ks), every), [_short(k, 27) for k in ks[::every]], fontsize=9)
@@ -297,19 +291,20 @@ def _draw_merge(summary: Summary) -> Any:
 
 
 def _heat(figure: Any, column: Any, grids: list[Any], title: str) -> None:
-    """Panels of one quantity on one scale; an update, a mean of squares, as its root on a logarithmic scale."""
+    """Panels of one quantity on one scale; an update, a mean of squares, as its root, logarithmic."""
     import matplotlib
     import numpy as np
     from matplotlib.colors import LogNorm, Normalize
 
     form = "{:.2f}"
     if title != "coefficient":
-        grids, form = [np.sqrt(grid) for grid in grids], "{:.0e}"
+        grids, form = [np.sqrt(grid) for grid in grids], "{:.1e}"
     known = np.concatenate([grid[np.isfinite(grid)] for grid in grids])
     low, high = known.min(), known.max()
-    norm: Normalize = Normalize(low, high) if high - low > 1e-3 else Normalize(min(0, low), max(1, high))
+    norm = Normalize(low, high) if high - low > 1e-3 else Normalize(min(0, low), max(1, high))
     if title != "coefficient":
-        norm = LogNorm(known[known > 0].min() * 0.9, high * 1.1)
+        low = known[known > 0].min()
+        norm = LogNorm(low * 0.9, high * 1.1)
     cmap = matplotlib.colormaps["cividis"].with_extremes(bad=_CONTROL)
     for axes, grid in zip(column, grids, strict=True):
         hidden = np.isnan(grid) | ((grid == 0) & (title != "coefficient"))
@@ -320,9 +315,11 @@ def _heat(figure: Any, column: Any, grids: list[Any], title: str) -> None:
             text = "" if np.isnan(value) else "none" if hidden[y, x] else form.format(value)
             tone = _on("#6b7480" if hidden[y, x] else cmap(norm(value))[:3])
             axes.text(x, y, text, ha="center", va="center", fontsize=8, color=tone)
-    bar = figure.colorbar(image, ax=list(column), location="bottom", aspect=30, shrink=0.9)
+    bar = figure.colorbar(image, ax=list(column), location="bottom", aspect=30, shrink=0.9, pad=0.02)
+    if title != "coefficient":
+        bar.set_ticks(np.geomspace(low, high, 3 if high > low else 1))
+        bar.minorticks_off()
     bar.ax.xaxis.set_major_formatter(lambda x, _: form.format(x))
-    bar.ax.xaxis.set_minor_formatter(lambda x, _: "")
     bar.ax.tick_params(labelsize=9)
 
 
@@ -357,11 +354,12 @@ def _page(summary: Summary, figures: dict[str, dict[str, str]]) -> str:
         seconds=seconds,
         slowest=max((t for _, t in seconds if t), default=1),
         total=sum(t for _, t in seconds if t),
-        settings=[
-            (s.label, [(k, v) for k, v in s.facts.items() if not isinstance(v, list | dict)])
-            for s in summary.stages
-        ],
+        settings=[(s.label, _scalars(s.facts)) for s in summary.stages],
     )
+
+
+def _scalars(facts: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [(name, value) for name, value in facts.items() if not isinstance(value, list | dict)]
 
 
 def _rows(summary: Summary, stage: str, keys: Iterable[str], form: str) -> list[list[str]]:
@@ -384,13 +382,16 @@ _TEMPLATE = """<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" 
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <meta name="color-scheme" content="light dark">
 <title>{{ s.name }}: fusion report</title>
 <style>
-:root { --ink: #1b1f24; --soft: #59626d; --paper: #fff; --card: #f5f7f9; --line: #d5dae0; --mark: #fdeee3; --bar: #D55E00; }
+:root { --ink: #1b1f24; --soft: #59626d; --paper: #fff; --card: #f5f7f9; --line: #d5dae0; --mark: #fdeee3;
+  --bar: #D55E00; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e7eb; --soft: #9aa4af; --paper: #1a1e24; --card: #232830; --line: #3d444d; --mark: #43301f; }
+  :root { --ink: #e4e7eb; --soft: #9aa4af; --paper: #1a1e24; --card: #232830; --line: #3d444d;
+    --mark: #43301f; }
 }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
@@ -399,19 +400,21 @@ h1 { margin: 0; font-size: 1.7rem; overflow-wrap: anywhere; }
 h2 { margin: 2.6rem 0 .6rem; font-size: 1.2rem; }
 p, li { max-width: 46rem; }
 .soft, figcaption, small { color: var(--soft); }
-.verdict { border-left: 4px solid var(--bar); background: var(--card); padding: .8rem 1rem; font-size: 1.08rem; }
+.verdict { border-left: 4px solid var(--bar); background: var(--card); padding: .8rem 1rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .8rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th, td { padding: .35rem .8rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
 th { color: var(--soft); font-weight: 600; }
 th:first-child, td:first-child, .left { text-align: left; }
 td.path { white-space: normal; overflow-wrap: anywhere; text-align: left; min-width: 12rem; }
+.best { font-weight: 700; }
 .fused { background: var(--mark); }
 figure { margin: 1rem 0; }
+figcaption { margin-top: .5rem; }
 img { display: block; width: 100%; height: auto; }
-.meter { display: inline-block; height: .7rem; background: var(--bar); border-radius: 2px; vertical-align: middle; }
-blockquote { margin: .8rem 0; padding: .8rem 1rem; background: var(--card); white-space: pre-wrap; overflow-wrap: anywhere;
-  font: .9rem/1.5 ui-monospace, monospace; }
+.meter { display: inline-block; height: .7rem; background: var(--bar); vertical-align: middle; }
+blockquote { margin: .8rem 0; padding: .8rem 1rem; background: var(--card);
+  white-space: pre-wrap; overflow-wrap: anywhere; font: .9rem/1.5 ui-monospace, monospace; }
 blockquote b { color: var(--soft); font-weight: 400; }
 summary { cursor: pointer; }
 </style>
@@ -422,7 +425,8 @@ summary { cursor: pointer; }
 {%- if name in figures %}
 <figure><div class="wide"><picture>
 <source media="(prefers-color-scheme: dark)" srcset="{{ figures[name].dark }}">
-<img src="{{ figures[name].light }}" alt="{{ figures[name].alt }}" style="min-width: {{ figures[name].least }}px">
+<img src="{{ figures[name].light }}" alt="{{ figures[name].alt }}"
+  style="min-width: {{ figures[name].least }}px">
 </picture></div><figcaption>{{ caller() }}</figcaption></figure>
 {%- else %}
 <p class="soft">This run has no figures for it.</p>
@@ -438,37 +442,45 @@ summary { cursor: pointer; }
 </tbody></table></div>
 {%- endmacro %}
 <h1>{{ s.name }}</h1>
-<p class="soft">{{ s.having("source") | length }} sources fused into one model of {{ "{:,}".format(s.fused.parameters) }} parameters</p>
+<p class="soft">Sources fused: {{ s.having("source") | length }}.
+Parameters of the fused model: {{ "{:,}".format(s.fused.parameters) }}.</p>
 <p class="verdict">{{ verdict }}</p>
 <h2>Held-out bits per byte</h2>
-<p>Lower is better. Bits per byte compare models of any tokenizer. Bold: the best of the models with the pivot's
-architecture. The control was trained like a target, from labels alone.</p>
+<p>Lower is better. Bits per byte compare models of any tokenizer. Bold: the best of the models with the
+pivot's architecture. The control was trained like a target, from labels alone.</p>
 <div class="wide"><table><thead><tr><th>model</th><th class="left">role</th>
-{%- for d in s.domains %}<th>{{ d }}</th>{% endfor %}<th>mean</th><th>vs pivot</th><th>parameters</th></tr></thead><tbody>
+{%- for d in s.domains %}<th>{{ d }}</th>{% endfor -%}
+<th>mean</th><th>vs pivot</th><th>parameters</th></tr></thead><tbody>
 {%- for m, cells, change in scores %}
-<tr class="{{ m.role }}"><td>{{ m.name }}</td><td class="left">{{ m.role }}</td>
-{%- for value, best in cells %}<td>{% if best %}<b>{{ "%.4f" % value }}</b>{% else %}{{ "%.4f" % value }}{% endif %}</td>{% endfor -%}
+<tr class="{{ m.role }}"><td>{{ m.subject }}</td><td class="left">{{ m.role }}</td>
+{%- for value, best in cells %}<td{% if best %} class="best"{% endif %}>{{ "%.4f" % value }}</td>{% endfor -%}
 <td>{{ change }}</td><td>{{ "{:,}".format(m.parameters) }}</td></tr>
 {%- endfor %}
 </tbody></table></div>
-<p><small>Measured on {% for d, n in s.heldout.items() %}{{ n }} samples of {{ d }}{{ ", " if not loop.last }}{% endfor %}, none of them trained on.</small></p>
-{% call plot("bits") %}Above: bits per byte from zero; marks are the sources. Below: the same as a change against the pivot; down is better.{% endcall %}
+<p><small>Held-out samples, none of them trained on:
+{%- for d, n in s.heldout.items() %} {{ d }} {{ n }}{{ "." if loop.last else "," }}{% endfor %}</small></p>
+{% call plot("bits") %}Above: bits per byte from zero; marks are the sources. Below: the same as a change
+against the pivot; down is better.{% endcall %}
 <h2>Training</h2>
-{% call plot("training") %}Cross-entropy against the next token (left) and against the sources' distributions (right), as a
-moving average; faint: each logged step. Losses in nats a token compare within one tokenizer, the pivot's.{% endcall %}
+{% call plot("training") %}Cross-entropy against the next token (left) and against the sources' distributions
+(right), as a moving average; faint: each logged step. Nats a token compare within one tokenizer, the pivot's.
+{%- endcall %}
 <h2>Who taught what</h2>
-{% call plot("teachers") %}Share of each target's positions that a source taught, beside the label; the rest had the label alone.{% endcall %}
+{% call plot("teachers") %}Share of each target's positions that a source taught, beside the label; the
+rest had the label alone.{% endcall %}
 <h2>Alignment</h2>
-<p>Coverage: positions of the target that a source could teach. Ids: of the source's vocabulary. Mass kept: probability that
-the map carries over.</p>
+<p>Coverage: positions of the target that a source could teach. Ids: of the source's vocabulary. Mass kept:
+probability that the map carries over.</p>
 {{ table(["source", "coverage", "ids mapped", "ids seen", "mass kept"], align) }}
 <h2>Caches</h2>
-{{ table(["source", "samples", "tokens", "bytes a token", "train bits per byte", "tokens a second", "MB"], cache) }}
+{{ table(["source", "samples", "tokens", "bytes a token", "train bits per byte", "tokens a second", "MB"],
+         cache) }}
 <h2>Merge</h2>
-<p>Method <b>{{ s.merge.method }}</b>{% for k, v in s.merge.parameters.items() %}, {{ k }} {{ v }}{% endfor %};
+<p>Method <b>{{ s.merge.method }}</b>
+{%- for k, v in s.merge.parameters.items() %}, {{ k }} {{ v }}{% endfor %};
 targets {{ s.merge.names | join(", ") }}.</p>
-{% call plot("merge") %}For each target, by layer and by kind of tensor: its coefficient in the merge, and how far training moved it
-from the pivot. Means over tensors; "none": not moved.{% endcall %}
+{% call plot("merge") %}For each target, by layer and by kind of tensor: its coefficient in the merge, and how
+far training moved it from the pivot. Means over tensors; "none": not moved.{% endcall %}
 <h2>What it writes</h2>
 {%- for prompt, text in s.continuations %}
 <blockquote><b>{{ prompt }}</b>{{ text }}</blockquote>
@@ -479,7 +491,8 @@ from the pivot. Means over tensors; "none": not moved.{% endcall %}
 <div class="wide"><table><tbody>
 {%- for label, t in seconds %}
 <tr><td>{{ label }}</td><td>{{ "–" if t is none else "{:,.1f} s".format(t) }}</td>
-<td class="left"><span class="meter" style="width: {{ "%.2f" % (12 * (t or 0) / slowest) }}rem"></span></td></tr>
+<td class="left"><span class="meter" style="width:{{ "%.2f" % (12 * (t or 0) / slowest) }}rem"></span></td>
+</tr>
 {%- endfor %}
 <tr><td><b>together</b></td><td><b>{{ "{:,.1f} s".format(total) }}</b></td><td></td></tr>
 </tbody></table></div>
@@ -487,7 +500,8 @@ from the pivot. Means over tensors; "none": not moved.{% endcall %}
 <p>Seed {{ s.seed }}. All numbers of this page are in <code>results.json</code>.</p>
 <details><summary>Models</summary><div class="wide"><table><tbody>
 {%- for m, _, _ in scores %}
-<tr><td>{{ m.name }}</td><td class="left">{{ m.role }}</td><td class="left">{{ m.architecture }}</td><td class="path">{{ m.path }}</td></tr>
+<tr><td>{{ m.subject }}</td><td class="left">{{ m.role }}</td><td class="left">{{ m.architecture }}</td>
+<td class="path">{{ m.path }}</td></tr>
 {%- endfor %}
 </tbody></table></div></details>
 {%- for label, facts in settings if facts %}

@@ -91,20 +91,7 @@ def _measure(config: Config, role: Any, model: Model, folder: Path, heldout: lis
     mean = sum(bits.values()) / len(bits)
     settings = json.loads((folder / "config.json").read_text())
     architecture = (settings.get("architectures") or ["?"])[0]
-    return Scored(model.name, role, bits, mean, _parameters(folder), architecture, model.model)
-
-
-def _parameters(folder: Path) -> int:
-    """Weights in the folder's safetensors, counted from their headers."""
-    from math import prod
-
-    from safetensors import safe_open
-
-    count = 0
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            count += sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    return count
+    return Scored(model.name, role, bits, mean, hub.count_parameters(folder), architecture, model.model)
 
 
 def _stage(name: str, path: Path) -> StageFacts:

@@ -15,6 +15,7 @@ class Scored:
     """One model, measured.
 
     Attributes:
+        name: a target's may be `target-SUBJECT`, to tell it from the source SUBJECT.
         bits: domain → held-out bits per byte.
         mean: their mean over domains.
         parameters: how many, tied weights once.
@@ -34,9 +35,13 @@ class Scored:
             raise ValueError(f"{self.name}: role {self.role!r} will not do; one of {', '.join(ROLES)}")
         for what, value in {**self.bits, "the mean": self.mean}.items():
             if not (math.isfinite(value) and value > 0):
-                raise ValueError(
-                    f"{self.name}: {value} bits per byte on {what}; a working model has some, and finitely many"
-                )
+                wanted = "a working model has a finite number above 0"
+                raise ValueError(f"{self.name}: {value} bits per byte on {what}; {wanted}")
+
+    @property
+    def subject(self) -> str:
+        """The name as it is shown, beside the role: for a target, that of its source or topology."""
+        return self.name.removeprefix("target-") if self.role == "target" else self.name
 
     def on(self, domain: str | None) -> float:
         """Bits per byte on a domain; their mean for None."""
@@ -76,9 +81,7 @@ class MergeFacts:
     def __post_init__(self) -> None:
         for tensor, values in (*self.coefficients, *self.updates):
             if len(values) not in (0, len(self.names)):
-                raise ValueError(
-                    f"{tensor}: {len(values)} values for the {len(self.names)} targets {self.names}"
-                )
+                raise ValueError(f"{tensor}: {len(values)} values for {len(self.names)} targets {self.names}")
 
 
 @dataclass(frozen=True)
@@ -169,14 +172,14 @@ def change(value: float, reference: float) -> float:
 
 
 def verdict(summary: Summary) -> str:
-    """Two sentences: the fused model beside the pivot, the control and the best target, and where it is worse.
+    """Two sentences: the fused model beside pivot, control and best target, and where it is worse.
 
     Models are equal when their means differ by less than 0.005%.
     """
     fused, targets = summary.fused, sorted(summary.having("target"), key=lambda m: m.mean)
     rivals = [("the pivot", summary.pivot)]
     rivals += [("the control trained on labels alone", model) for model in summary.having("control")]
-    rivals += [(f"the {'best' if targets[1:] else 'only'} target {m.name}", m) for m in targets[:1]]
+    rivals += [(f"the {'best' if targets[1:] else 'only'} target {m.subject}", m) for m in targets[:1]]
     changes = {who: change(fused.mean, rival.mean) for who, rival in rivals}
     beside = [f"{_beside(changes[who])} {who} ({rival.mean:.4f})" for who, rival in rivals]
     n = len(summary.domains)
@@ -208,7 +211,7 @@ def _listed(words: list[str], last: str) -> str:
 def curve(facts: Mapping[str, Any]) -> tuple[list[int], list[float], list[float]]:
     """(steps, label loss, fusion loss), both in nats a token, from a target's `history`.
 
-    The fusion loss is that of the taught positions of all teachers together; NaN at a step that taught nothing.
+    The fusion loss is over the taught positions of all teachers; NaN at a step that taught nothing.
     """
     logs = [log for log in facts.get("history") or () if log.get("label_loss") is not None]
     return (
@@ -243,7 +246,7 @@ Grid = dict[str, list[float]]  # a group of tensors → one value a target
 
 
 def by_layer(rows: Iterable[tuple[str, tuple[float, ...]]]) -> Grid:
-    """The mean over the tensors of each layer; tensors outside the layers come first, under their own names."""
+    """The mean over the tensors of each layer; before them tensors outside, under their own names."""
     groups = _means((key, values) for key, _, values in _placed(rows))
     return dict(sorted(groups.items(), key=lambda item: int(item[0].split()[1]) if " " in item[0] else -1))
 
