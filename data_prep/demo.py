@@ -14,14 +14,19 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
 from queue import Empty
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from data_prep import demo_corpus, demo_models
 from data_prep.demo_corpus import DOMAINS, PARTS
@@ -88,10 +93,8 @@ def _start_worker(reports: Any) -> None:
 
 def make_model(recipe: Recipe, corpus: Path, folder: Path, seed: int, record: str) -> Bits:
     """Train and publish one model, measure it on the held-out part; runs in a worker of one thread, or here."""
-    import torch
-    from safetensors import SafetensorError
-
     threads = torch.get_num_threads()
+    disable_progress_bar()  # transformers' own, of one file each
     torch.set_num_threads(1)  # two models at a time, a core each: faster than two threads on small products
     texts = demo_corpus.read_part(corpus / "pretrain.jsonl")
 
@@ -110,8 +113,6 @@ def make_model(recipe: Recipe, corpus: Path, folder: Path, seed: int, record: st
 
 def measure(folder: Path, corpus: Path) -> Bits:
     """Held-out bits per byte of a saved model, by domain."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     heldout = demo_corpus.read_part(corpus / "heldout.jsonl")
     return {domain: demo_models.bits_per_byte(model, tokenizer, heldout[domain]) for domain in DOMAINS}
@@ -126,13 +127,20 @@ def run_jobs(jobs: list[Job], workers: int, console: Console) -> dict[str, Bits]
         return {job[0].name: make_model(*job) for job in jobs}
     context = multiprocessing.get_context("spawn")
     reports = context.Queue()
-    columns = (TextColumn("{task.description:8}"), BarColumn(), TextColumn("{task.completed}/{task.total} steps"))
+    columns = (
+        TextColumn("{task.description:8}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} steps"),
+    )
     shown = (*columns, TextColumn("loss {task.fields[loss]:.2f}"), TimeElapsedColumn())
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(reports,))
     with pool, Progress(*shown, console=console) as progress:
         bars = {job[0].name: progress.add_task(job[0].name, total=job[0].steps, loss=0.0, start=False) for job in jobs}
         waiting: dict[str, Future[Bits]] = {job[0].name: pool.submit(make_model, *job) for job in jobs}
         while not all(future.done() for future in waiting.values()):
+            if any(future.done() and future.exception() for future in waiting.values()):
+                pool.shutdown(wait=False, cancel_futures=True)
+                break
             try:
                 name, step, loss = reports.get(timeout=0.5)
             except Empty:
@@ -141,12 +149,15 @@ def run_jobs(jobs: list[Job], workers: int, console: Console) -> dict[str, Bits]
             progress.update(bars[name], completed=step, loss=loss)
             if step == progress.tasks[bars[name]].total:
                 progress.stop_task(bars[name])
+        done = [future for future in waiting.values() if future.done() and not future.cancelled()]
+        for future in done:
+            future.result()  # raises what a worker raised, before a cancelled one can
         return {name: future.result() for name, future in waiting.items()}
 
 
 def show(bits: dict[str, Bits], console: Console) -> None:
     """The table of models by domains, the best of each domain in bold."""
-    table = Table(title="held-out bits per byte (less is better)")
+    table = Table(title="held-out bits per byte")
     for heading in ("model", *DOMAINS):
         table.add_column(heading, justify="left" if heading == "model" else "right")
     for name, row in bits.items():
@@ -192,7 +203,7 @@ def make_demo(
             if recipe.name not in bits:
                 bits[recipe.name] = measure(folder, corpus)
     bits |= run_jobs(jobs, workers, console)
-    bits = {recipe.name: bits[recipe.name] for recipe in recipes}
+    bits = {name: bits[name] for name in ("pivot", *DOMAINS)}
     rows = [{"name": name, "made_sha256": digests[name], "bits_per_byte": bits[name]} for name in bits]
     draft = out / ".models.json.draft"
     draft.write_text(json.dumps({"seed": seed, "models": rows}, indent=2) + "\n", encoding="utf-8")
@@ -213,7 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
             made = make_demo(options.out, options.seed, demo_models.QUICK_RECIPES, demo_corpus.QUICK, console, 0)
         else:
             made = make_demo(options.out, options.seed, demo_models.RECIPES, demo_corpus.Sizes(), console)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, BrokenProcessPool) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     show(made, console)
@@ -221,5 +232,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # Where DeepSpeed is installed, transformers imports it, and it prints that it found no accelerator.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     sys.exit(main())

@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import itertools
 import json
+import os
 import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
@@ -21,10 +22,21 @@ from data_prep.demo_math import word_problems
 DOMAINS = ("math", "code", "prose")
 PARTS = ("pretrain", "fuse", "heldout")
 SHARES = {"heldout": 12, "fuse": 26, "pretrain": 100}  # cumulative percent of files or problems, by hash
-SKIPPED = {"test", "tests", "idlelib", "site-packages", "dist-packages", "encodings", "lib2to3", "lib-dynload"}
+SKIPPED = {
+    "test",
+    "tests",
+    "idlelib",
+    "site-packages",
+    "dist-packages",
+    "encodings",
+    "lib2to3",
+    "lib-dynload",
+}
 SKIPPED |= {"pydoc_data", "__pycache__", "_bundled"}
+TABLES = {"html/entities.py", "stringprep.py", "locale.py"}  # Python by its name only
 SHORTEST, LONGEST = 600, 1200  # characters of a piece
 ECHO = 0.2  # a held-out piece goes if more of it than this also stands in another part
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 @dataclass(frozen=True)
@@ -64,13 +76,13 @@ def library_files(root: Path, limit: int | None = None) -> Iterator[tuple[str, s
 
     Raises ValueError when there is no source under ``root`` (a Python that ships compiled files only).
     """
-    names = sorted((path.relative_to(root).as_posix() for path in root.rglob("*.py")), key=_hash)
+    names = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [each for each in folders if each not in SKIPPED and not each.startswith("config-")]
+        names += [(Path(folder) / file).relative_to(root).as_posix() for file in files if file.endswith(".py")]
     found = 0
-    for name in names:
-        parts = Path(name).parts
-        # _sysconfigdata and config-* hold this machine's own paths; the other three are long tables, not code.
-        machine = name.startswith(("_sysconfigdata", "config-", "sitecustomize"))
-        if machine or SKIPPED & set(parts) or name in {"html/entities.py", "stringprep.py", "locale.py"}:
+    for name in sorted(names, key=_hash):
+        if name in TABLES or name.startswith(("_sysconfigdata", "sitecustomize")):  # the latter are this machine's own
             continue
         try:
             source = (root / name).read_text(encoding="utf-8")
@@ -85,24 +97,30 @@ def library_files(root: Path, limit: int | None = None) -> Iterator[tuple[str, s
         raise ValueError(f"no Python source under {root}: the demo's corpus is made from the standard library's files")
 
 
-def _docstring_nodes(tree: ast.Module) -> Iterator[tuple[ast.AST, ast.Expr, bool]]:
-    """(owner, docstring statement, whether it is the owner's only statement)."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            first = node.body[0] if node.body else None
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-                if isinstance(first.value.value, str):
-                    yield node, first, len(node.body) == 1
+def _docstrings(tree: ast.Module) -> Iterator[tuple[Documented, ast.Expr, str]]:
+    """(owner, docstring statement, its text as written)."""
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        # Statements stand in these fields alone; ast.walk would visit every expression too, ten times the nodes.
+        for block in ("body", "orelse", "handlers", "finalbody", "cases"):
+            waiting.extend(getattr(node, block, ()))
+        first = node.body[0] if isinstance(node, Documented) and node.body else None
+        value = first.value if isinstance(first, ast.Expr) else None
+        if isinstance(first, ast.Expr) and isinstance(value, ast.Constant) and isinstance(value.value, str):
+            assert isinstance(node, Documented)
+            yield node, first, value.value
 
 
 def without_docstrings(source: str, tree: ast.Module) -> str:
     """The source with every docstring cut out, `pass` left where a body would be empty; still valid Python."""
     lines = [line.encode() for line in source.splitlines(keepends=True)]
-    for owner, statement, alone in _docstring_nodes(tree):
+    for owner, statement, _ in _docstrings(tree):
         first, last = statement.lineno - 1, (statement.end_lineno or 0) - 1
-        stays = b"pass" if alone and not isinstance(owner, ast.Module) else b""
+        stays = b"pass" if len(owner.body) == 1 and not isinstance(owner, ast.Module) else b""
         # ast counts columns in UTF-8 bytes, which is why the lines are bytes here.
         head, tail = lines[first][: statement.col_offset], lines[last][statement.end_col_offset or 0 :]
+        tail = tail.lstrip(b" ;") if tail.lstrip().startswith(b";") else tail
         for number in range(first, last + 1):
             lines[number] = b""
         lines[first] = head + stays + tail if (head + stays + tail).strip() else b""
@@ -125,8 +143,10 @@ def _packed(units: Iterable[str], may_cut: Callable[[str], bool], joint: str) ->
 
 
 def code_pieces(name: str, source: str, tree: ast.Module) -> Iterator[Piece]:
-    """A module's code without its docstrings, cut before a definition where one is near."""
-    text = re.sub(r"\n{3,}", "\n\n\n", without_docstrings(source, tree))
+    """A module's code without docstrings and long comments, cut before a definition where one is near."""
+    # A block of comment lines (a licence, an essay) is prose; a line or two among code belong to it.
+    text = re.sub(r"(?m)(^[ \t]*#.*\n){3,}", "", without_docstrings(source, tree))
+    text = re.sub(r"\n{3,}", "\n\n\n", text)
     lines = [line.rstrip() for line in text.splitlines()]
     starts = re.compile(r"\s*(def |class |async def |@)")
     for piece in _packed(lines, lambda line: starts.match(line) is not None, "\n"):
@@ -162,9 +182,8 @@ def library_pieces(root: Path, limit: int | None = None) -> Iterator[Piece]:
     """All code and prose pieces; a docstring's origin is its module, so code and prose of one file stay together."""
     for name, source, tree in library_files(root, limit):
         yield from code_pieces(name, source, tree)
-        nodes = (statement.value for _, statement, _ in _docstring_nodes(tree))
-        texts = [inspect.cleandoc(node.value) for node in nodes if isinstance(node, ast.Constant)]
-        yield from prose_pieces(name, (text for text in texts if len(text) >= 200))
+        texts = [inspect.cleandoc(text) for _, _, text in _docstrings(tree)]
+        yield from prose_pieces(name, [text for text in texts if len(text) >= 200])
     for topic, text in _topics(root):
         yield from prose_pieces(f"topic {topic}", [text])
 

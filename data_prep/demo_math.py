@@ -46,14 +46,22 @@ class World:
     together: tuple[str, ...]
 
 
-HER = "Amelia Beatrice Carmen Dolores Esther Freya Greta Hannah Ingrid Julia Katya Leila Mei Nadia Olive Priya Rosa"
-HIS = "Abdul Boris Carlos Dmitri Edgar Felix Gustav Hassan Igor Jonas Kenji Lorenzo Mateo Nikhil Oscar Pedro Quentin"
-PEOPLE = [(name, "she", "her") for name in HER.split()] + [(name, "he", "his") for name in HIS.split()]
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+HER = _words(
+    "Amelia Beatrice Carmen Dolores Esther Freya Greta Hannah Ingrid Julia Katya Leila Mei Nadia Olive Priya Rosa"
+)
+HIS = _words(
+    "Abdul Boris Carlos Dmitri Edgar Felix Gustav Hassan Igor Jonas Kenji Lorenzo Mateo Nikhil Oscar Pedro Quentin"
+)
+PEOPLE = [(name, "she", "her") for name in HER] + [(name, "he", "his") for name in HIS]
 THEN = "(Then|Later|After that|The next day|On {day}|In the evening|A week later|Soon afterwards)"
 
 WORLDS = (
     World(
-        tuple("marbles stamps shells buttons coins postcards beads stickers pebbles feathers badges crayons".split()),
+        _words("marbles stamps shells buttons coins postcards beads stickers pebbles feathers badges crayons"),
         (
             "{name} (has|owns|keeps) {n} {thing} in (a drawer|a tin|the attic|an old box|a glass jar).",
             "There are {n} {thing} in {name}'s (collection|cupboard|suitcase|desk).",
@@ -79,7 +87,7 @@ WORLDS = (
                 "{name} works hard until {he} has {n} times as many {thing}.",
             ),
             "/": (
-                "{name} (shares|divides) all of them equally among {n} (children|friends|jars) and (looks at|counts) one share.",
+                "{name} (shares|divides) them equally among {n} (children|friends|jars) and counts one share.",
                 THEN + " only one {thing1} in every {n} is kept.",
             ),
         },
@@ -87,11 +95,14 @@ WORLDS = (
             "How many {thing} (does {name} have now|are left in the end|does {he} end up with)?",
             "(Work out|Find) the (final |)number of {thing}.",
         ),
-        ("{other} has {compare} {thing} (as|than) {name}.", "{name}'s friend {other} owns {compare} {thing}."),
+        (
+            "{other} has {compare} {thing} (as|than) {name}.",
+            "{name}'s friend {other} owns {compare} {thing}.",
+        ),
         ("How many {thing} do {name} and {other} have (together|in total|altogether)?",),
     ),
     World(
-        ("dollars", "euros", "pounds", "crowns", "francs"),
+        _words("dollars euros pounds crowns francs"),
         (
             "{name} (saves|has saved|keeps) {n} {thing} for (a holiday|a new coat|a piano|the winter|a wedding).",
             "There are {n} {thing} in {name}'s (account|wallet|purse|piggy bank).",
@@ -120,12 +131,15 @@ WORLDS = (
                 "A crisis leaves only one part in {n} of the money.",
             ),
         },
-        ("How (much money|many {thing}) does {name} have (now|in the end|left)?", "What is the final sum in {thing}?"),
+        (
+            "How (much money|many {thing}) does {name} have (now|in the end|left)?",
+            "What is the final sum in {thing}?",
+        ),
         ("{other} has {compare} {thing} (as|than) {name}.",),
         ("How many {thing} do {name} and {other} have (together|in total|between them)?",),
     ),
     World(
-        tuple("loaves candles bricks baskets jars bottles cakes chairs lanterns tiles".split()),
+        _words("loaves candles bricks baskets jars bottles cakes chairs lanterns tiles"),
         (
             "A (workshop|factory|small firm) run by {name} has {n} {thing} in (stock|the store|the cellar).",
             "{name} (makes|delivers|orders) {n} {thing} for the (market|festival|harbour|town hall).",
@@ -154,12 +168,15 @@ WORLDS = (
                 "They are divided equally among {n} (shops|villages|hotels); consider what one receives.",
             ),
         },
-        ("How many {thing} (are there now|remain|does that leave)?", "What number of {thing} does {name} report?"),
+        (
+            "How many {thing} (are there now|remain|does that leave)?",
+            "What number of {thing} does {name} report?",
+        ),
         ("{other}'s firm has {compare} {thing} (as|than) {name}'s.",),
         ("How many {thing} do the two firms have (together|in all)?",),
     ),
     World(
-        ("kilometres", "miles", "pages", "metres", "lines"),
+        _words("kilometres miles pages metres lines"),
         (
             "{name} plans a (project|task|route) of {n} {thing}.",
             "The (first|old|short) plan that {name} writes is for {n} {thing}.",
@@ -202,7 +219,10 @@ ASIDES = (
     "{name} lives in a (red|white|small|tall) house with {n} windows.",
     "Nobody (notices|complains|says a word).",
 )
-LEADS = (("First", "To begin with", "We start with this", "At the start"), ("Then", "Next", "After that", "From this"))
+LEADS = (
+    ("First", "To begin with", "We start with this", "At the start"),
+    ("Then", "Next", "After that", "From this"),
+)
 LAST = ("Finally", "In the end", "So at last", "Therefore")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 

@@ -85,7 +85,9 @@ class Distill:
 
     topology: Literal["pairwise", "joint"] = "pairwise"
     gate: Literal["min_ce", "all", "none"] = "min_ce"
-    pivot_teaches: bool = True  # the pivot is one of the gate's candidates
+    # where the pivot is better than every source on a sample: it teaches (FuseLLM), labels alone do (gate), or the gate
+    # does not ask it (absent)
+    pivot: Literal["teach", "gate", "absent"] = "gate"
     label_weight: Share = 0.5  # lambda
     missing_mass: Literal["ghost", "drop", "renormalise"] = "ghost"
     k: Positive = 64  # entries of the projected distribution that are kept

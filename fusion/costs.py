@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from fusion import hub, tracking
+from fusion import hub, pipeline, tracking
 from fusion.config import Config, Dataset, Model
 
 BYTES_PER_TOKEN = 4.0  # English prose under vocabularies of 32,000 to 150,000 ids
@@ -37,14 +37,15 @@ def estimate(config: Config) -> list[Cost]:
     states = _states(config)
     pivot = _parameters(config.pivot)
     distill = config.distill
-    teachers = [*config.sources, *([config.pivot] if distill.pivot_teaches and distill.gate != "none" else [])]
+    teachers = pipeline.candidates(config)
     rows = [Cost("prepare", f"{len(config.prepare.data)} datasets", tokens, 0, None if size is None else size / 3)]
     for m in teachers:
         if m.cache is None:
             # an entry is 4 bytes of id and 2 of log-probability, a token some 13 more; zstd takes about a third off
             disk = _times(tokens, (6 * config.capture.k + 13) * 0.65)
             rows.append(Cost(f"capture/{m.name}", m.model, tokens, _times(PASS_FLOPS, _parameters(m), tokens), disk))
-    rows += [Cost(f"align/{m.name}", f"{m.model} → {config.pivot.model}", tokens, 0, 2e6) for m in teachers]
+    taught_by = [m for m in teachers if m is not config.pivot or distill.pivot == "teach"]
+    rows += [Cost(f"align/{m.name}", f"{m.model} → {config.pivot.model}", tokens, 0, 2e6) for m in taught_by]
     names = ["joint"] if distill.topology == "joint" else [s.name for s in config.sources]
     seen = _times(tokens, distill.epochs)
     weights = _times(2, pivot)
@@ -91,8 +92,6 @@ def _state_a_device(parameters: float, stage: int, devices: int) -> float:
 
 def _states(config: Config) -> dict[str, str]:
     """done, cut off or to do, for every task whose inputs are here."""
-    from fusion import pipeline
-
     local = all(Path(m.model).is_dir() for m in (config.pivot, *config.sources))
     if not local or not all(Path(d.data).exists() for d in config.prepare.data):
         return {}

@@ -68,7 +68,7 @@ def _download(name: str, key: str, weights: bool) -> Path:
 def fingerprint(folder: Path, memory: Path) -> dict[str, str]:
     """Digests of a model's tokenizer and weights (config included).
 
-    Hashes are remembered in the JSON file `memory` by path, size and time of change, so that a large model is read once.
+    Hashes are remembered in the JSON file `memory` by path, size and time of change: a large model is read once.
     """
     tokenizer = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
     weights = [*sorted(folder.glob("*.safetensors")), folder / "config.json"]

@@ -32,7 +32,7 @@ _IDLE = {
     "parameters",
     "data",
 }
-_OF_TEACHERS = {"gate", "pivot_teaches", "missing_mass", "k", "label_weight", "topology"}
+_OF_TEACHERS = {"gate", "pivot", "missing_mass", "k", "label_weight", "topology"}
 
 
 @dataclass(frozen=True)
@@ -164,9 +164,7 @@ def plan(config: Config, found: Found) -> list[Task]:
     prepare = task(
         "prepare", "", {**_settings(config.prepare), "data": [[*p] for p in zip(found.data, datasets, strict=True)]}, {}
     )
-    teachers = list(config.sources)
-    if config.distill.pivot_teaches and config.distill.gate != "none":
-        teachers.append(config.pivot)
+    teachers = candidates(config)
     caches: dict[str, Any] = {}
     maps: dict[str, Artifact] = {}
     for m in teachers:
@@ -176,6 +174,8 @@ def plan(config: Config, found: Found) -> list[Task]:
             how = {**_settings(config.capture), "dtype": m.dtype, "template": hub.template_of(m)}
             caches[m.name] = task("capture", m.name, how, {"prepare": prepare, "model": model(m)})
     for m in teachers:
+        if m is config.pivot and config.distill.pivot != "teach":
+            continue
         how = {**_settings(config.align), "templates": [hub.template_of(m), hub.template_of(config.pivot)]}
         reads = {"prepare": prepare, "cache": caches[m.name], "model": tokenizer(m), "pivot": tokenizer(config.pivot)}
         maps[m.name] = task("align", m.name, how, reads)
@@ -191,7 +191,9 @@ def plan(config: Config, found: Found) -> list[Task]:
             "template": hub.template_of(config.pivot),
         }
         reads = {"prepare": prepare, "pivot": model(config.pivot)}
-        reads |= {f"{kind}/{t}": made[t] for t in taught_by for kind, made in (("cache", caches), ("map", maps))}
+        reads |= {
+            f"{kind}/{t}": made[t] for t in taught_by for kind, made in (("cache", caches), ("map", maps)) if t in made
+        }
         targets[name] = task("distill", name, how, reads)
     fused = {f"target/{n}": t for n, t in targets.items() if n != "control"}
     merged = task("merge", "", _settings(config.merge), {"pivot": model(config.pivot), **fused})
@@ -206,6 +208,12 @@ def plan(config: Config, found: Found) -> list[Task]:
     }
     task("release", "", {**_settings(config.release), "name": config.name}, reads)
     return tasks
+
+
+def candidates(config: Config) -> list[Model]:
+    """The models whose caches are needed: the sources, and the pivot where the gate asks it."""
+    asked = config.distill.pivot != "absent" and config.distill.gate != "none"
+    return [*config.sources, *([config.pivot] if asked else [])]
 
 
 def _targets(config: Config, teachers: Sequence[Model]) -> dict[str, list[str]]:

@@ -105,7 +105,10 @@ def _fail(error: Exception) -> int:
         time.sleep(3)
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        text = f"no space left on the disk of {error.filename or 'the run folder'}; finished work is kept, free some and start again"
+        text = (
+            f"no space left on the disk of {error.filename or 'the run folder'}; "
+            "finished work is kept, free some and start again"
+        )
     print(f"error: {text}", file=sys.stderr, flush=True)
     return 2
 

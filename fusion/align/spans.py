@@ -7,7 +7,7 @@ def shared(source: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarr
     """Pairs of positions that stand at one place.
 
     Exact and linear in the lengths: two sorted lists are merged, nothing is compared by edit distance. Where several
-    positions of one sequence stand at one place (tokens of no length between), the last of them counts: it has read all.
+    positions of one sequence stand at one place (tokens of no length between), the last one counts: it has read all.
 
     Args:
         source: int64 (n,), place of each source position in ascending order, -1 where it has none.

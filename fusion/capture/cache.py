@@ -1,4 +1,4 @@
-"""The store of what a source said: parquet, a row a sample, joined by id. docs/cache.md tells what each column means."""
+"""The store of what a source said: parquet, a row a sample, joined by id; docs/cache.md tells what a column means."""
 
 from collections import OrderedDict
 from collections.abc import Iterator

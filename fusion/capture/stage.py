@@ -68,7 +68,7 @@ class _Reader:
             )
 
     def read(self, samples: list[Sample]) -> list[dict[str, Any]]:
-        """Rows of the cache, in the order of the samples; those that are too long are left out if the config says so."""
+        """Rows of the cache, in the order of the samples; too long ones are left out if the config says so."""
         rendered = [(n, self.renderer.render(sample)) for n, sample in enumerate(samples)]
         fits = [(n, r) for n, r in rendered if self._fits(samples[n], r)]
         rows: dict[int, dict[str, Any]] = {}
@@ -99,8 +99,8 @@ class _Reader:
                 kept = top_k(logits[row, at.to(device)], ids[row, at + 1].to(device), self.settings.k)
             except FloatingPointError as error:
                 raise ValueError(
-                    f"{self.source.name}: logits are not finite on sample {samples[n].id}, position {int(at[error.args[0]])}; "
-                    "try dtype: float32 for this source"
+                    f"{self.source.name}: logits are not finite on sample {samples[n].id}, "
+                    f"position {int(at[error.args[0]])}; try dtype: float32 for this source"
                 ) from None
             yield n, _row(samples[n], r, at.numpy(), kept.ids.cpu(), kept.logp.cpu(), kept.next_logp.cpu())
 

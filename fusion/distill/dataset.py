@@ -17,14 +17,19 @@ from fusion.records import Heard, Rendered, Sample, Sparse
 from fusion.tokens.batch import pad
 from fusion.tokens.render import Renderer
 
+_MEMORY = 512 * 2**20  # bytes of finished examples that a rank keeps
+
 
 @dataclass(frozen=True)
 class Teacher:
-    """A source as a target hears it: its cache and the map to the target's ids."""
+    """A source as a target hears it: its cache and the map to the target's ids.
+
+    Without a map it takes part in the gate and says nothing: a sample that it would win is left to its labels.
+    """
 
     name: str
     cache: Cache
-    matrix: csr_array
+    matrix: csr_array | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +49,11 @@ class Example:
     labels: np.ndarray
     teacher: np.ndarray
     taught: Sparse
+
+    def nbytes(self) -> int:
+        """Memory that the arrays take."""
+        arrays = (self.at, self.labels, self.teacher, self.taught.offsets, self.taught.ids, self.taught.probs)
+        return sum(array.nbytes for array in arrays)
 
 
 class FusionDataset(Dataset):
@@ -69,6 +79,8 @@ class FusionDataset(Dataset):
         too_long: Literal["refuse", "skip"] = "refuse",
     ):
         self.renderer, self.teachers, self.gate, self.k = renderer, list(teachers), gate, k
+        self._built: dict[int, Example] = {}
+        self._room = _MEMORY
         self.samples: list[Sample] = []
         self.rendered: list[Rendered] = []
         for sample in samples:
@@ -88,6 +100,15 @@ class FusionDataset(Dataset):
         return len(self.samples)
 
     def __getitem__(self, n: int) -> Example:
+        example = self._built.get(n)
+        if example is None:
+            example = self._build(n)
+            if example.nbytes() < self._room:  # what fits is built once and serves every epoch
+                self._room -= example.nbytes()
+                self._built[n] = example
+        return example
+
+    def _build(self, n: int) -> Example:
         rendered = self.rendered[n]
         at = np.flatnonzero(rendered.carries)
         heard = {t.name: h for t in self.teachers if (h := t.cache.get(self.samples[n].id)) is not None}
@@ -95,7 +116,7 @@ class FusionDataset(Dataset):
         teacher = np.full(len(at), -1, dtype=np.int64)
         parts: list[tuple[float, np.ndarray, Sparse]] = []
         for number, source in enumerate(self.teachers):
-            if source.name in weights:
+            if source.name in weights and source.matrix is not None:
                 rows, taught = _hear(heard[source.name], rendered.boundary[at], source.matrix, self.k)
                 parts.append((weights[source.name], rows, taught))
                 teacher[rows] = np.where(teacher[rows] < 0, number, teacher[rows])

@@ -108,10 +108,9 @@ def _block(
         return label_loss, fusion_loss, None
     kept = torch.gather(logits, -1, ids).sub(total).exp_()
     gradient = logits.sub(total).exp_().mul_(share + (1 - share) * scale)
-    if missing == "ghost":  # inside the kept entries the student's mass counts whole: softmax − p
-        correction = torch.where(probs > 0, kept * (1 - scale), 0) - probs
-    else:
-        correction = -probs
+    # in ghost mode the student's mass inside the kept entries counts whole: softmax − p
+    whole = torch.where(probs > 0, kept * (1 - scale), 0) if missing == "ghost" else 0
+    correction = whole - probs
     gradient.scatter_add_(-1, ids, (1 - share) * correction)
     gradient.scatter_add_(-1, labels, -share)
     return label_loss, fusion_loss, gradient

@@ -18,8 +18,8 @@ from fusion.tracking import Tracker
 def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, Any]:
     """Train the target `out.subject`; write it as a Hugging Face folder `model/`.
 
-    `inputs` holds `prepare`, `pivot`, and for each teacher NAME `cache/NAME` and `map/NAME`. A run that was cut off goes
-    on from its last checkpoint.
+    `inputs` holds `prepare`, `pivot`, and for each teacher NAME `cache/NAME` and `map/NAME`. A run that was cut off
+    goes on from its last checkpoint.
 
     Raises:
         ValueError: see `trainer.train`, `dataset.FusionDataset` and `capture.cache.Cache`.
@@ -30,10 +30,7 @@ def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, 
     tokenizer = hub.load_tokenizer(pivot, inputs["pivot"])
     renderer = Renderer(tokenizer, "pivot", hub.template_of(pivot))
     names = [name.removeprefix("cache/") for name in inputs if name.startswith("cache/")]
-    teachers = [
-        Teacher(n, Cache(inputs[f"cache/{n}"], name=n), vocabulary.load(inputs[f"map/{n}"] / "map.safetensors"))
-        for n in names
-    ]
+    teachers = [Teacher(n, Cache(inputs[f"cache/{n}"], name=n), _map(inputs.get(f"map/{n}"))) for n in names]
     dataset = FusionDataset(
         list(Corpus(inputs["prepare"], "train")),
         renderer,
@@ -67,3 +64,7 @@ def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, 
 
     cluster.on_main(finish)
     return {**figures, "history": history}
+
+
+def _map(folder: Path | None) -> vocabulary.Matrix | None:
+    return None if folder is None else vocabulary.load(folder / "map.safetensors")

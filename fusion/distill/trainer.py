@@ -41,8 +41,8 @@ def train(
         The trainer, whose `save_model` every rank must call, and figures of the run.
 
     Raises:
-        ValueError: a batch size that cannot be shared out, an architecture whose logits are not head(hidden state), or a
-            loss that is not finite.
+        ValueError: a batch size that cannot be shared out, an architecture whose logits are not head(hidden state),
+            or a loss that is not finite.
     """
     arguments = _arguments(settings, seed, work, every)
     model = load()
@@ -86,8 +86,8 @@ def _arguments(settings: Distill, seed: int, work: Path, every: int) -> Training
     per_rank = min(settings.per_rank, max(1, settings.batch_size // cluster.world()))
     if settings.batch_size % (per_rank * cluster.world()):
         raise ValueError(
-            f"distill.batch_size: {settings.batch_size} will not do: with distill.per_rank {per_rank} on {cluster.world()} "
-            f"ranks it must be a multiple of {per_rank * cluster.world()}"
+            f"distill.batch_size: {settings.batch_size} will not do: with distill.per_rank {per_rank} "
+            f"on {cluster.world()} ranks it must be a multiple of {per_rank * cluster.world()}"
         )
     if not Path(settings.deepspeed).is_file():
         raise ValueError(
@@ -132,7 +132,6 @@ def _last_checkpoint(work: Path) -> str | None:
 
 def _check_head(model: Any) -> None:
     """Refuse an architecture that does more to its logits than the output head (soft caps, scales)."""
-    from deepspeed import zero
 
     head = model.get_output_embeddings()
     if head is None or not hasattr(head, "weight") or model.base_model is model:
@@ -146,7 +145,6 @@ def _check_head(model: Any) -> None:
             raise ValueError(
                 f"pivot: {type(model).__name__} changes its logits after the output head; this cannot be fused yet"
             )
-    del zero
 
 
 def _fuse_head(model: Any, missing: MissingMass) -> None:

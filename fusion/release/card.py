@@ -101,13 +101,16 @@ def _scores(summary: Summary) -> str:
     return f"Lower is better. Held-out samples by domain: {samples}.\n\n{table}"
 
 
+_PIVOT = {"teach": "teaches where it is best", "gate": "silences where it is best", "absent": "takes no part"}
+
+
 def _settings(summary: Summary, config: Config) -> str:
     distill, merge = config.distill, summary.merge
     told = {
         "kept of each source": f"{config.capture.sampler}, k {config.capture.k}",
         "vocabulary map": f"{config.align.map}, else {config.align.fallback}",
         "topology": distill.topology,
-        "gate": distill.gate + (", the pivot among the teachers" if distill.pivot_teaches else ""),
+        "gate": f"{distill.gate}; the pivot {_PIVOT[distill.pivot]}",
         "label weight": distill.label_weight,
         "missing mass": distill.missing_mass,
         "epochs": distill.epochs,

@@ -101,7 +101,7 @@ def _stage(name: str, path: Path) -> StageFacts:
 
 
 def _continue(config: Config, folder: Path) -> tuple[tuple[str, str], ...]:
-    """What the fused model writes after each prompt, greedily: also the proof that the checkpoint loads and generates."""
+    """What the fused model writes after each prompt, greedily: also proof that the checkpoint loads and generates."""
     if not config.release.prompts:
         return ()
     import torch

@@ -52,7 +52,7 @@ def byte_table(tokenizer: Any, name: str = "tokenizer") -> ByteTable:
     """The byte table of a fast Hugging Face tokenizer, read off its own model, pre-tokenizer and decoder.
 
     Args:
-        tokenizer: a `PreTrainedTokenizerBase` as loaded (transformers may rebuild the pipeline, so a file is not asked).
+        tokenizer: a `PreTrainedTokenizerBase` as loaded (transformers may rebuild the pipeline, so no file is asked).
         name: what to call it in an error.
 
     Raises:

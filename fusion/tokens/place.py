@@ -76,7 +76,7 @@ def _place_by_offsets(table: ByteTable, ids: list[int], offsets: Sequence[tuple[
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """Characters start..stop of a rendering are those of a message, less `lead` characters stripped at its beginning."""
+    """Characters start..stop of a rendering are a message's content, less `lead` characters stripped in front."""
 
     message: Message
     start: int
