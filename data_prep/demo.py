@@ -61,10 +61,25 @@ def is_made(folder: Path, record: str) -> bool:
         return False
 
 
+def digest_of(paths: Iterable[Path]) -> str:
+    """sha256 over files, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def code_digest(*names: str) -> str:
+    """sha256 of modules beside this one: what they made is made again once they change."""
+    return digest_of(Path(__file__).with_name(f"{name}.py") for name in names)
+
+
 def make_corpus(out: Path, sizes: demo_corpus.Sizes, seed: int, console: Console) -> Path:
     """The corpus folder under ``out``, made if it is not there; its record names this Python, whose files it holds."""
     folder = out / "corpus"
-    record = json.dumps({"sizes": asdict(sizes), "seed": seed, "python": platform.python_version()}, indent=2) + "\n"
+    made = {"sizes": asdict(sizes), "seed": seed, "python": platform.python_version()}
+    made["code_sha256"] = code_digest("demo_corpus", "demo_math")
+    record = json.dumps(made, indent=2) + "\n"
 
     def fill(draft: Path) -> None:
         for part, pieces in demo_corpus.build_corpus(sizes, seed).items():
@@ -76,14 +91,6 @@ def make_corpus(out: Path, sizes: demo_corpus.Sizes, seed: int, console: Console
         console.print(f"corpus   reading Python {platform.python_version()}'s own files → {folder}")
         publish(folder, record, fill)
     return folder
-
-
-def corpus_digest(corpus: Path) -> str:
-    """sha256 over the three parts, as they are on disk."""
-    digest = hashlib.sha256()
-    for part in PARTS:
-        digest.update((corpus / f"{part}.jsonl").read_bytes())
-    return digest.hexdigest()
 
 
 def _start_worker(reports: Any) -> None:
@@ -187,9 +194,9 @@ def make_demo(
     """Corpus, four models and ``models.json`` under ``out``; the held-out bits per byte of each model by domain."""
     out.mkdir(parents=True, exist_ok=True)
     corpus = make_corpus(out, sizes, seed, console)
-    digest = corpus_digest(corpus)
+    read, code = digest_of(corpus / f"{part}.jsonl" for part in PARTS), code_digest("demo_models", "demo_tokenizers")
     recipes = list(recipes)
-    records = {recipe.name: demo_models.recipe_record(recipe, seed, digest) for recipe in recipes}
+    records = {recipe.name: demo_models.recipe_record(recipe, seed, read, code) for recipe in recipes}
     digests = {name: hashlib.sha256(record.encode()).hexdigest() for name, record in records.items()}
     bits = known_bits(out / "models.json", digests)
     jobs: list[Job] = []

@@ -240,7 +240,7 @@ def make_model(recipe: Recipe, texts: dict[str, list[str]], seed: int, out: Path
     tokenizer.save_pretrained(out)
 
 
-def recipe_record(recipe: Recipe, seed: int, corpus_sha256: str) -> str:
+def recipe_record(recipe: Recipe, seed: int, corpus_sha256: str, code_sha256: str) -> str:
     """What decides a model, as JSON: two equal records mean two equal models."""
-    made = {"recipe": asdict(recipe), "seed": seed, "corpus_sha256": corpus_sha256}
+    made = {"recipe": asdict(recipe), "seed": seed, "corpus_sha256": corpus_sha256, "code_sha256": code_sha256}
     return json.dumps(made, indent=2, sort_keys=True) + "\n"

@@ -26,14 +26,16 @@ def read_rows(dataset: Dataset, key: str) -> Iterator[tuple[str, dict]]:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, dict]]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode())
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}:{number}: is not JSON ({error.msg}); one object a line") from None
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}:{number}: is not UTF-8 ({error.reason} at byte {error.start})") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{path}:{number}: is not an object with `text` or `messages`")
             yield f"{path}:{number}", row
@@ -67,6 +69,8 @@ def to_sample(row: dict, where: str, domain: str | None) -> Sample | None:
     domain = str(domain or row.get("domain") or row.get("source") or "all")
     turns = row.get("messages") or row.get("conversations")
     if turns is not None:
+        if not isinstance(turns, list | tuple):
+            raise ValueError(f"{where}: `messages` is not a list: {str(turns)[:60]!r}")
         messages = tuple(_message(turn, where) for turn in turns)
         _check_unicode("".join(m.content for m in messages), where)
         if not any(m.role == "assistant" and m.content.strip() for m in messages):
@@ -120,7 +124,7 @@ def cut(sample: Sample, max_bytes: int) -> list[Sample]:
 def _cut_text(text: str, max_bytes: int) -> Iterator[str]:
     while len(text.encode()) > max_bytes:
         head = text.encode()[:max_bytes].decode(errors="ignore")
-        at = head.rfind("\n") + 1 or head.rfind(" ") or len(head)
+        at = head.rfind("\n") + 1 or max(head.rfind(" "), 0) or len(head)
         yield text[: max(at, 1)]
         text = text[max(at, 1) :]
     yield text

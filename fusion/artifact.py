@@ -125,12 +125,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text())
-        return {**manifest, "files": dict(manifest["files"]), "key": manifest["key"], "facts": manifest["facts"]}
+        files = {n: {"bytes": told["bytes"], "sha256": told["sha256"]} for n, told in manifest["files"].items()}
+        known = {name: manifest[name] for name in ("stage", "subject", "key", "seconds", "facts")}
+        return {**manifest, **known, "files": files}
     except FileNotFoundError:
         raise ValueError(
             f"{folder}: has no {MANIFEST}: it is not a finished stage folder; run its stage first"
         ) from None
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path}: is damaged; remove the folder and run its stage again") from None
 
 

@@ -15,7 +15,7 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-_STRICT = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=False)
+_STRICT = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=False, allow_inf_nan=False)
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -154,6 +154,8 @@ class Config:
     tracking: Tracking = field(default_factory=Tracking)
 
     def __post_init__(self) -> None:
+        if self.pivot.name != "pivot":
+            raise ValueError(f"pivot.name: {self.pivot.name!r} will not do: the pivot is called pivot; leave it away")
         names = [s.name for s in self.sources]
         for name in names:
             if name in ("pivot", "control", "fused") or names.count(name) > 1:
@@ -166,7 +168,15 @@ class Config:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-4` as text; users mean a number."""
+    """YAML 1.1 reads `1e-4` as text; users mean a number. It lets a key stand twice; users mean one of them."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key, _ in node.value:
+            if key.value != "<<" and keys.count(key.value) > 1:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value} stands twice", problem_mark=key.start_mark)
+        return node
 
 
 _Loader.add_implicit_resolver(
@@ -184,6 +194,8 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         text = Path(path).read_text()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); give --config an existing YAML file") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
     try:
         tree = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -193,7 +205,11 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     for override in overrides:
         _set(tree, override)
     try:
-        return TypeAdapter(Config).validate_json(json.dumps(tree, default=str), strict=True)
+        packed = json.dumps(tree, default=str)
+    except (TypeError, ValueError, RecursionError) as error:  # a date as a key, an alias that holds itself
+        raise ValueError(f"{path}: is no plain tree of keys and values: {error}") from None
+    try:
+        return TypeAdapter(Config).validate_json(packed, strict=True)
     except ValidationError as error:
         raise ValueError(f"{path}: {_explain(error, tree)}") from None
 
@@ -202,6 +218,10 @@ def _set(tree: dict, override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise ValueError(f"--set {override}: write key=value, for example --set distill.epochs=3")
+    try:
+        setting = yaml.load(value, _Loader)
+    except yaml.YAMLError:
+        raise ValueError(f"--set {override}: {value!r} is not YAML; put it in quotes if it is text") from None
     *parents, last = key.split(".")
     node: Any = tree
     for parent in parents:
@@ -209,9 +229,9 @@ def _set(tree: dict, override: str) -> None:
             node[int(parent)] if isinstance(node, list) and _is_index(parent, node) else _child(node, parent, override)
         )
     if isinstance(node, list) and _is_index(last, node):
-        node[int(last)] = yaml.load(value, _Loader)
+        node[int(last)] = setting
     elif isinstance(node, dict):
-        node[last] = yaml.load(value, _Loader)
+        node[last] = setting
     else:
         raise ValueError(f"--set {override}: {key} is not inside a section")
 

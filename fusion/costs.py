@@ -1,6 +1,5 @@
 """`--plan`: stages, sizes and costs before anything runs, also for models and data that are not here yet."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
@@ -72,7 +71,7 @@ def show(config: Config) -> None:
     tracking.say(f"in all: {_hours(None if total is None else total / DEVICE_FLOPS / 3600)} device hours, "
                  f"{_bytes(_sum(r.disk for r in rows))} on disk under {config.folder}; {BUDGET_NOTE}")  # fmt: skip
     pivot = _parameters(config.pivot)
-    stage = json.loads(Path(config.distill.deepspeed).read_text()).get("zero_optimization", {}).get("stage", 0)
+    stage = pipeline.deepspeed_settings(config.distill.deepspeed).get("zero_optimization", {}).get("stage", 0)
     if pivot is not None:
         tracking.say(
             f"training state of one target: {_bytes(STATE_BYTES * pivot)} in all; under ZeRO-{stage} on 8 devices "

@@ -44,10 +44,14 @@ def locate(model: Model, key: str, weights: bool = True) -> Path:
         )
         raise ValueError(f"{key}: {model.model} has {instead} (*.safetensors)")
     index = folder / "model.safetensors.index.json"
-    if weights and index.is_file():
-        for shard in sorted(set(json.loads(index.read_text())["weight_map"].values())):
-            if not (folder / shard).is_file():
-                raise ValueError(f"{key}: {model.model} lacks {shard}, which its index names; download it again")
+    try:
+        json.loads((folder / "config.json").read_text())
+        shards = json.loads(index.read_text())["weight_map"].values() if weights and index.is_file() else ()
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{key}: {model.model} has a damaged config.json or index ({error})") from None
+    for shard in sorted(set(shards)):
+        if not (folder / shard).is_file():
+            raise ValueError(f"{key}: {model.model} lacks {shard}, which its index names; download it again")
     return folder
 
 
@@ -133,6 +137,7 @@ def load_model(model: Model, folder: Path, dtype: str | None = None) -> Any:
         ValueError: transformers cannot make a causal language model of the folder.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
@@ -143,7 +148,7 @@ def load_model(model: Model, folder: Path, dtype: str | None = None) -> Any:
             trust_remote_code=model.trust_remote_code,
             output_loading_info=True,
         )
-    except (ValueError, OSError, KeyError, ImportError, RuntimeError) as error:
+    except (ValueError, OSError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"{model.name}: {folder} does not load as a causal language model: {' '.join(str(error).split())[:200]}"
         ) from error
@@ -163,11 +168,18 @@ def fingerprint_data(data: str, memory: Path) -> str:
 
 
 def count_parameters(folder: Path) -> int:
-    """Weights in a folder's safetensors, counted from their headers."""
-    from safetensors import safe_open
+    """Weights in a folder's safetensors, counted from their headers.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
 
     count = 0
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "np") as file:
-            count += sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        try:
+            with safe_open(path, "np") as file:
+                count += sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path}: is damaged ({error}); download it again") from None
     return count

@@ -1,6 +1,7 @@
 """The stages in order: prepare → capture → align → distill → merge → release. The only file that knows them all."""
 
 import importlib
+import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -28,8 +29,6 @@ _IDLE = {
     "too_long",
     "gradient_checkpointing",
     "batch_tokens",
-    "megabytes",
-    "parameters",
     "data",
 }
 _OF_TEACHERS = {"gate", "pivot", "missing_mass", "k", "label_weight", "topology"}
@@ -136,7 +135,7 @@ def find(config: Config) -> Found:
         ("pivot.model", config.pivot),
         *((f"sources.{n}.model", s) for n, s in enumerate(config.sources)),
     ]:
-        folders[model.name] = hub.locate(model, key, weights=model.cache is None)
+        folders[model.name] = hub.locate(model, key, weights=model is config.pivot or model.cache is None)
         prints[model.name] = hub.fingerprint(folders[model.name], memory)
     return Found(folders, prints, [hub.fingerprint_data(d.data, memory) for d in config.prepare.data])
 
@@ -197,7 +196,8 @@ def plan(config: Config, found: Found) -> list[Task]:
         targets[name] = task("distill", name, how, reads)
     fused = {f"target/{n}": t for n, t in targets.items() if n != "control"}
     merged = task("merge", "", _settings(config.merge), {"pivot": model(config.pivot), **fused})
-    measured = {f"model/{m.name}": model(m) for m in (*config.sources, config.pivot) if m.cache is None}
+    here = [*(s for s in config.sources if s.cache is None), config.pivot]  # a cached source may lack its weights
+    measured = {f"model/{m.name}": model(m) for m in here}
     between = {a.label: a for a in [*(c for c in caches.values() if isinstance(c, Artifact)), *maps.values()]}
     reads = {
         "prepare": prepare,
@@ -230,14 +230,20 @@ def _settings(part: Any, *names: str) -> dict[str, Any]:
     return {k: v for k, v in asdict(part).items() if (k in names if names else k not in _IDLE)}
 
 
-def _optimizer(path: str) -> str:
-    """Digest of a DeepSpeed file without its ZeRO section, which shards the same computation."""
-    import json
+def deepspeed_settings(path: str) -> dict[str, Any]:
+    """A DeepSpeed file.
 
+    Raises:
+        ValueError: it is missing or is no JSON object.
+    """
     try:
-        settings = json.loads(Path(path).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        return dict(json.loads(Path(path).read_text()))
+    except (OSError, ValueError, TypeError) as error:
         raise ValueError(
             f"distill.deepspeed: {path} cannot be read as JSON ({error}); configs/deepspeed holds examples"
         ) from None
-    return digest({k: v for k, v in settings.items() if k != "zero_optimization"})
+
+
+def _optimizer(path: str) -> str:
+    """Digest of a DeepSpeed file without its ZeRO section, which shards the same computation."""
+    return digest({k: v for k, v in deepspeed_settings(path).items() if k != "zero_optimization"})

@@ -132,7 +132,10 @@ class FusionDataset(Dataset):
 def _hear(heard: Heard, places: np.ndarray, matrix: csr_array, k: int) -> tuple[np.ndarray, Sparse]:
     """The rows among `places` at which a source stands too, and what it says there in the target's ids."""
     source_at, rows = shared(heard.boundary, places)
-    return rows, project(heard.entries, source_at, matrix, k)
+    taught = project(heard.entries, source_at, matrix, k)
+    counts = np.diff(taught.offsets)
+    said = counts > 0  # a row that the map loses whole teaches nothing, and must not weigh in the mean of the others
+    return rows[said], Sparse(np.append(0, np.cumsum(counts[said])), taught.ids, taught.probs)
 
 
 def _mix(parts: list[tuple[float, np.ndarray, Sparse]], n: int, width: int, k: int) -> Sparse:

@@ -96,30 +96,29 @@ def _block(
         probs = probs / mass.clamp_min(torch.finfo(probs.dtype).tiny)
         mass = probs.sum(-1, keepdim=True)
     fusion_loss = (probs * (total - logits.gather(-1, ids))).sum(-1)
-    outside, scale = None, mass
     if missing == "ghost":
-        outside = _outside(logits, ids, probs)
-        left = (1 - mass).clamp_min(0)
+        others = _others(logits, ids, probs)
+        outside = others.logsumexp(-1, keepdim=True)
         # where the kept entries are the whole vocabulary nothing is outside, and nothing is missing either
         open_ = torch.isfinite(outside)
-        fusion_loss = fusion_loss + torch.where(open_, left * (total - outside), 0)[:, 0]
-        scale = 1 - torch.where(open_, left * (total - outside).exp(), 0)
+        outside = torch.where(open_, outside, total)
+        left = torch.where(open_, (1 - mass).clamp_min(0), 0)
+        fusion_loss = fusion_loss + (left * (total - outside))[:, 0]
+        mass = mass + left
     if not wants:
         return label_loss, fusion_loss, None
-    kept = torch.gather(logits, -1, ids).sub(total).exp_()
-    gradient = logits.sub(total).exp_().mul_(share + (1 - share) * scale)
-    # in ghost mode the student's mass inside the kept entries counts whole: softmax − p
-    whole = torch.where(probs > 0, kept * (1 - scale), 0) if missing == "ghost" else 0
-    correction = whole - probs
-    gradient.scatter_add_(-1, ids, (1 - share) * correction)
+    gradient = logits.sub(total).exp_().mul_(share + (1 - share) * mass)
+    if missing == "ghost":  # not softmax·exp(total − outside): that overflows where the student is sure
+        gradient.sub_(others.sub_(outside).exp_().mul_((1 - share) * left))
+    gradient.scatter_add_(-1, ids, (share - 1) * probs)
     gradient.scatter_add_(-1, labels, -share)
     return label_loss, fusion_loss, gradient
 
 
-def _outside(logits: torch.Tensor, ids: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
-    """float (n, 1): log Σ exp of the logits that no kept entry names; -inf where there is none."""
+def _others(logits: torch.Tensor, ids: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+    """The logits (n, V) that no kept entry names, -inf in place of those that one names."""
     cover = torch.zeros_like(logits).scatter_add_(-1, ids, (probs > 0).to(logits.dtype))
-    return logits.masked_fill(cover > 0, float("-inf")).logsumexp(-1, keepdim=True)
+    return logits.masked_fill(cover > 0, float("-inf"))
 
 
 def sparse_cross_entropy(

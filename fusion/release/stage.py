@@ -72,7 +72,8 @@ def announce(config: Config, out: Artifact) -> None:
 
 def _models(config: Config, inputs: Mapping[str, Path]) -> list[tuple[str, Model, Path]]:
     """(role, model, folder) of everything that is measured; all with the pivot's dtype or their own."""
-    found = [("source", s, inputs[f"model/{s.name}"]) for s in config.sources]
+    # a source whose cache was given is not measured: its weights need not be here
+    found = [("source", s, inputs[f"model/{s.name}"]) for s in config.sources if f"model/{s.name}" in inputs]
     found.append(("pivot", config.pivot, inputs["model/pivot"]))
     names = [name.removeprefix("target/") for name in inputs if name.startswith("target/")]
     made = [("control" if n == "control" else "target", n, inputs[f"target/{n}"] / "model") for n in names]

@@ -108,16 +108,18 @@ class Renderer:
         base, content_bytes = 0, 0
         for span in spans:
             marks = spaced & (ends >= span.start) & (ends - lengths == span.start - 1)
-            inside = (ends > span.start) & (starts < span.stop) | marks
+            inside = (ends > span.start) & (starts < span.stop) & (lengths > 0) | marks
             inside |= (ends < 0) & (reached >= span.start) & (reached < span.stop)
             predicted = np.flatnonzero(inside[1:])
             carries[predicted] = Carries.CONTENT
-            here = predicted[(ends[predicted] >= span.start) & (ends[predicted] <= span.stop)]
+            meets = (ends[predicted + 1] < 0) | (ends[predicted + 1] - lengths[predicted + 1] == ends[predicted])
+            here = predicted[(ends[predicted] >= span.start) & (ends[predicted] <= span.stop) & meets]
             boundary[here] = base + 1 + span.lead + ends[here] - span.start
             if len(predicted) and marks[predicted[0] + 1]:
                 boundary[predicted[0]] = base if span.lead == 0 else -1
-            unpredicted = max(0, int(ends[0]) - span.start) if len(ids) and inside[0] else 0
-            content_bytes += span.stop - span.start - unpredicted
+            if inside.any():  # less a first token of all, and white space that a control token swallowed
+                n = int(inside.argmax())
+                content_bytes += max(0, span.stop - max(span.start, int(starts[n] if n else ends[n])))
             if span.stop_token:
                 first = min(int(predicted[-1]) + 1 if len(predicted) else span.stop_token - 1, span.stop_token - 1)
                 carries[first : span.stop_token] = Carries.END
@@ -140,9 +142,13 @@ class Renderer:
         encoding = self._backend.encode(text, add_special_tokens=False)
         kinds, before = self.table.kinds, bytes_before(text)
         control = [(n, *encoding.offsets[n]) for n, i in enumerate(encoding.ids) if kinds[i] == Kind.CONTROL]
-        own = [spot for spot in control if not any(c.start < spot[2] and spot[1] < c.stop for c in contents)]
+        own = []
+        for n, start, stop in control:
+            at, until = _core(text, start, stop)
+            if not any(c.start < until and at < c.stop for c in contents):
+                own.append((n, start, stop, at))
         parts, token_at, char_at = [], 0, 0
-        for n, start, stop in [*own, (len(encoding.ids), len(text), len(text))]:
+        for n, start, stop, at in [*own, (len(encoding.ids), len(text), len(text), len(text))]:
             fragment = text[char_at:start]
             if len(own) < len(control):
                 part = self._encode_literally(fragment)
@@ -150,7 +156,7 @@ class Renderer:
                 offsets = [(max(a - char_at, 0), max(b - char_at, 0)) for a, b in encoding.offsets[token_at:n]]
                 part = place(self.table, encoding.ids[token_at:n], offsets, fragment)
             parts.append(part.moved(int(before[char_at])))
-            parts += [_control(i, int(before[start]), int(before[stop])) for i in encoding.ids[n : n + 1]]
+            parts += [_control(i, int(before[at]), int(before[stop])) for i in encoding.ids[n : n + 1]]
             token_at, char_at = n + 1, stop
         return Tokens.joined(parts)
 
@@ -166,6 +172,14 @@ class Renderer:
     def _apply(self, messages: Any) -> str:
         chat = [{"role": m.role, "content": m.content} for m in messages]
         return str(self._tokenizer.apply_chat_template(chat, chat_template=self._template, tokenize=False))
+
+
+def _core(text: str, start: int, stop: int) -> tuple[int, int]:
+    """A control token's own characters: its offsets less the white space around it that it swallowed."""
+    shown = text[start:stop]
+    if not shown.strip():
+        return start, stop
+    return stop - len(shown.lstrip()), start + len(shown.rstrip())
 
 
 def _control(i: int, start: int, stop: int) -> Tokens:
