@@ -122,12 +122,16 @@ def cut(sample: Sample, max_bytes: int) -> list[Sample]:
 
 
 def _cut_text(text: str, max_bytes: int) -> Iterator[str]:
-    while len(text.encode()) > max_bytes:
-        head = text.encode()[:max_bytes].decode(errors="ignore")
-        at = head.rfind("\n") + 1 or max(head.rfind(" "), 0) or len(head)
-        yield text[: max(at, 1)]
-        text = text[max(at, 1) :]
-    yield text
+    start = 0
+    while True:
+        window = text[start : start + max_bytes + 1]  # a character takes at least a byte
+        head = window.encode()[:max_bytes].decode(errors="ignore")
+        if head == window:
+            yield window
+            return
+        at = head.rfind("\n") + 1 or max(head.rfind(" "), 0) or len(head) or 1
+        yield window[:at]
+        start += at
 
 
 def fraction(id: str, salt: int) -> float:

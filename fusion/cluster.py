@@ -37,7 +37,9 @@ def start() -> None:
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)))
+    local = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    threads = int(os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // local))))
+    torch.set_num_threads(threads)
     if torch.distributed.is_initialized():
         return
     if "RANK" not in os.environ:

@@ -44,7 +44,7 @@ class Dataset:
     split: str = "train"
     subset: str | None = None
     heldout: bool = False  # every row is for measuring, none for training
-    limit: Positive | None = None  # the first so many rows, in the order of their ids
+    limit: Positive | None = None  # the first so many rows that are not blank
     where: dict[str, str] = field(default_factory=dict)  # keep rows whose column has this value
     megabytes: Annotated[float, Field(gt=0)] | None = None  # for --plan, while the data is not here
 

@@ -115,7 +115,7 @@ def _check_inputs(task: Task, checked: set[Path]) -> None:
 def _brief(facts: Mapping[str, Any]) -> str:
     """The numbers among the facts, on one line."""
     shown = [
-        f"{name} {value:,}"
+        f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:,.5g}"
         for name, value in facts.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool)
     ]

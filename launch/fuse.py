@@ -75,6 +75,7 @@ def _run(config: Any, arguments: argparse.Namespace) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it tells that DeepSpeed's accumulation steps hold
     warnings.filterwarnings("ignore", category=FutureWarning)
     cluster.start()
     try:

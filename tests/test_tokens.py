@@ -119,9 +119,11 @@ def check_places(renderer: Renderer, sample: Sample, rendered: Rendered) -> None
             continue
         number, offset = line.at(here)
         ahead, piece = line.bytes(number)[offset:], table.pieces[token]
-        # it may go on into the template; a changed text gives another token only where its own place is unknown
-        assert ahead.startswith(piece) or piece.startswith(ahead) or (rendered.lossy and after < 0)
-        if after >= 0 and not (rendered.carries[i + 1] == Carries.END and not ahead[len(piece) :].strip()):
+        closes = rendered.carries[i + 1] == Carries.END
+        if rendered.lossy and (after < 0 or closes):
+            continue  # the next token is not the text's: it has no place of its own
+        assert ahead.startswith(piece) or piece.startswith(ahead)  # the last one may go on into the template
+        if after >= 0 and not (closes and not ahead[len(piece) :].strip()):  # which may strip what is left
             assert line.at(after) == (number, offset + len(piece))
 
 
@@ -174,10 +176,9 @@ def test_byte_table_kinds(folder: str) -> None:
     assert (table.kinds == Kind.BYTE).sum() == bytes_
     assert table.marks_start == marks
     assert len(table) == len(tokenizer(folder))
-    special = {i for i, t in tokenizer(folder).added_tokens_decoder.items() if t.special}
-    controls = set(np.flatnonzero(table.kinds == Kind.CONTROL).tolist())
-    assert special - set(np.flatnonzero(table.kinds == Kind.BYTE).tolist()) <= controls
-    assert all((table.pieces[i] == b"") == (table.kinds[i] in (Kind.CONTROL, Kind.UNUSED)) for i in range(len(table)))
+    special = [i for i, t in tokenizer(folder).added_tokens_decoder.items() if t.special]
+    assert special and np.isin(table.kinds[special], (Kind.CONTROL, Kind.BYTE)).all()
+    assert ((table.lengths == 0) == np.isin(table.kinds, (Kind.CONTROL, Kind.UNUSED))).all()
     if bytes_:
         assert sorted(table.pieces[i] for i in np.flatnonzero(table.kinds == Kind.BYTE)) == [
             bytes([b]) for b in range(256)
@@ -258,7 +259,7 @@ def test_word_piece() -> None:
     rendered = made.render(sample)
     assert rendered.lossy
     check_places(made, sample, rendered)
-    assert rendered.boundary.tolist() == [0, 8, -1, 10, -1]
+    assert rendered.boundary.tolist() == [0, 4, 8, -1, 10, -1]
 
 
 def test_unigram_with_byte_fallback() -> None:
@@ -374,10 +375,11 @@ def test_places_of_texts_with_real_tokenizers(folder: str) -> None:
     made = renderer(folder)
     vectors = json.loads((SHARED / "tokenizers" / "test_vectors.json").read_text())
     lossy = folder == "models/tinystories-656k"
+    swallows = folder == "tokenizers/phi-3"  # its "</s>" is plain text and takes the white space after it
     spec = json.loads(tokenizer(folder).backend_tokenizer.to_str())
     nfc = (spec["normalizer"] or {}).get("type") == "NFC"
     for text in (*TEXTS, *vectors["inputs"]["llama.cpp"], *vectors["inputs"]["kitoken_small"]):
-        if lossy or (nfc and unicodedata.normalize("NFC", text) != text):
+        if lossy or (nfc and unicodedata.normalize("NFC", text) != text) or (swallows and "</s>, " in text):
             sample = text_sample(text)
             rendered = made.render(sample)
             check_places(made, sample, rendered)
@@ -444,8 +446,9 @@ def check_chat(made: Renderer, sample: Sample) -> Rendered:
         at = before + np.flatnonzero(rendered.carries[before:stop] == Carries.CONTENT)
         assert (np.diff(at) == 1).all()
         spelled = table.join(rendered.ids[at + 1])
-        assert spelled.strip() == turn.encode().strip()
-        assert (rendered.boundary[at[1:]] >= 0).all()  # only the first may have begun in the template
+        began = len(at) and rendered.boundary[at[0]] >= 0  # else its first token began in the template
+        assert spelled.strip() == turn.encode().strip() or (not began and spelled.endswith(turn.lstrip().encode()))
+        assert (rendered.boundary[at[1:]] >= 0).all()
         last = int(at[-1]) if len(at) else stop - 1
         between = rendered.carries[last + 1 : stop]
         assert (between == Carries.END).all() and not table.join(rendered.ids[last + 2 : stop + 1]).strip()
@@ -477,10 +480,10 @@ def test_chats_of_real_tokenizers(folder: str, template: str) -> None:
 def test_first_word_after_a_template(folder: str) -> None:
     made = renderer(folder)
     rendered = check_chat(made, chat_sample(("user", "q"), ("assistant", "hello world"), ("user", "q"), ("assistant", "x")))
-    first = int(rendered.boundary[np.flatnonzero(rendered.carries)[0]])
-    assert first == (0 if FOLDERS[folder][1] else 1)  # " hello" with a space that the content does not have
+    known = rendered.boundary[rendered.boundary >= 0].tolist()
+    first = 0 if FOLDERS[folder][1] else 1  # " hello" with a space that the content does not have
+    assert known[0] == first and known[-3:] == [12, 13 + first, 15]
     assert rendered.content_bytes == 12
-    assert 14 in rendered.boundary - first or first == 1
 
 
 @settings(max_examples=80)

@@ -117,6 +117,8 @@ class Renderer:
             boundary[here] = base + 1 + span.lead + ends[here] - span.start
             if len(predicted) and marks[predicted[0] + 1]:
                 boundary[predicted[0]] = base if span.lead == 0 else -1
+            elif len(predicted) and ends[predicted[0] + 1] < 0:  # a space put before it or not: who knows
+                boundary[predicted[0]] = -1
             if inside.any():  # less a first token of all, and white space that a control token swallowed
                 n = int(inside.argmax())
                 content_bytes += max(0, span.stop - max(span.start, int(starts[n] if n else ends[n])))

@@ -1,0 +1,372 @@
+"""Prepare: rows → samples, cut, told apart by the hash of their content, on disk and back."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_prep import stage
+from data_prep.samples import cut, fraction, matches, read_rows, to_sample, unique
+from fusion.config import Config, Dataset, Model, Prepare
+from fusion.corpus import Corpus, write_samples
+from fusion.records import Message, Sample, sample_id
+from tiny import artifact, samples, texts, write_lines
+
+CHAT = [
+    {"role": "user", "content": "How many?"},
+    {"role": "assistant", "content": "Two."},
+    {"role": "user", "content": "Sure?"},
+    {"role": "assistant", "content": "Yes, two."},
+]
+
+
+def fusion(*data: Dataset, **settings: Any) -> Config:
+    return Config("small", Model("p"), (Model("q", "a"),), Prepare(tuple(data), **settings))
+
+
+def parts(config: Config) -> dict[str, list[Sample]]:
+    found: dict[str, list[Sample]] = {"train": [], "heldout": []}
+    for part, sample in stage._Split(config).samples():
+        found[part].append(sample)
+    return found
+
+
+def ids(of: Sequence[Sample]) -> set[str]:
+    return {sample.id for sample in of}
+
+
+# Rows
+
+
+def test_a_row_of_text() -> None:
+    sample = to_sample({"text": "Some text.\n", "source": "web", "more": 3}, "f:1", None)
+    assert sample == Sample(sample_id("Some text.\n"), "web", "Some text.\n", (), True)
+    assert sample is not None and sample.segments() == ("Some text.\n",)
+
+
+def test_a_row_of_messages() -> None:
+    sample = to_sample({"messages": CHAT, "text": None}, "f:1", "chat")
+    turns = tuple(Message(m["role"], m["content"]) for m in CHAT)
+    assert sample == Sample(sample_id(None, turns), "chat", None, turns)
+    assert sample is not None and sample.segments() == ("Two.", "Yes, two.")
+
+
+def test_conversations_are_messages_by_other_names() -> None:
+    names = {"user": "human", "assistant": "GPT"}
+    turns = [{"from": names[m["role"]], "value": m["content"]} for m in CHAT]
+    assert to_sample({"conversations": turns}, "f:1", "x") == to_sample({"messages": CHAT}, "f:1", "x")
+
+
+def test_the_domain_is_the_configs_then_the_rows() -> None:
+    row = {"text": "a", "domain": "d", "source": "s"}
+    found = [to_sample(r, "f:1", given) for r, given in ((row, "g"), (row, None), ({"text": "a"}, None))]
+    assert [s.domain for s in found if s] == ["g", "d", "all"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": ""},
+        {"text": " \n\t"},
+        {"messages": [{"role": "user", "content": "Hello?"}]},
+        {"messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "\n"}]},
+    ],
+)
+def test_a_blank_row_is_no_sample(row: dict) -> None:
+    assert to_sample(row, "f:1", None) is None
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        ({"txt": "a", "id": 1}, "f:9: has neither `text` nor `messages`; its keys are txt, id"),
+        ({}, "f:9: has neither `text` nor `messages`; its keys are none"),
+        ({"text": None}, "f:9: has neither `text` nor `messages`; its keys are text"),
+        ({"text": 5}, "f:9: has neither `text` nor `messages`; its keys are text"),
+        ({"messages": 5}, "f:9: `messages` is not a list: '5'"),
+        ({"messages": {"role": "user"}}, "f:9: `messages` is not a list: \"{'role': 'user'}\""),
+        ({"messages": ["hello"]}, "f:9: a message is not {role, content}: 'hello'"),
+        (
+            {"messages": [{"role": "user", "content": None}]},
+            "f:9: a message is not {role, content}: \"{'role': 'user', 'content': None}\"",
+        ),
+        ({"text": "ab\ud800"}, "f:9: is not valid Unicode (lone surrogate at character 2)"),
+        (
+            {"messages": [{"role": "user", "content": "\udfff"}, {"role": "assistant", "content": "a"}]},
+            "f:9: is not valid Unicode (lone surrogate at character 0)",
+        ),
+    ],
+)
+def test_a_row_of_another_shape_is_refused(row: dict, line: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        to_sample(row, "f:9", None)
+    assert str(refused.value) == line
+
+
+def test_ids_are_of_the_content_alone() -> None:
+    assert sample_id("a") == "ac8d8342bbb2362d"  # sha256 of '"a"'
+    turns = (Message("user", "a"), Message("assistant", "b"))
+    kinds = [sample_id("a"), sample_id("b"), sample_id("é"), sample_id(None, turns), sample_id(None, turns[:1])]
+    assert len(set(kinds)) == 5
+    assert sample_id(None, (Message("user", "ab"),)) != sample_id(None, (Message("user", "a"), Message("user", "b")))
+
+
+def test_where_keeps_rows_by_value() -> None:
+    row = {"split": "train", "n": 3, "ok": True}
+    assert matches(row, {}) and matches(row, {"split": "train", "n": "3", "ok": "True"})
+    assert not matches(row, {"split": "train", "n": "4"}) and not matches(row, {"other": "x"})
+
+
+# Cutting
+
+
+def whole(text: str) -> Sample:
+    return Sample(sample_id(text), "d", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("ab cd\nef gh\nij", ["ab cd\n", "ef gh\nij"]),
+        ("ab cd\nef gh ij kl mn", ["ab cd\n", "ef gh", " ij kl", " mn"]),
+        ("12345678", ["12345678"]),
+        ("123456789", ["12345678", "9"]),
+        ("x" * 20, ["x" * 8, "x" * 8, "x" * 4]),
+        (" " + "x" * 9, [" " + "x" * 7, "xx"]),
+        ("日本語日本語", ["日本", "語日", "本語"]),
+        ("a🙂🙂", ["a🙂", "🙂"]),
+        ("\n" * 9 + "a", ["\na"]),
+    ],
+)
+def test_texts_are_cut_at_lines_then_spaces_then_characters(text: str, pieces: list[str]) -> None:
+    made = cut(whole(text), 8)
+    assert [p.text for p in made] == pieces
+    assert [p.complete for p in made] == [False] * (len(made) - 1) + [True]
+    assert [p.id for p in made] == [sample_id(p) for p in pieces]
+
+
+@given(st.text("ab \n日🙂\u0301", max_size=60), st.integers(4, 20))
+def test_pieces_of_a_text_are_the_text(text: str, size: int) -> None:
+    from data_prep.samples import _cut_text
+
+    pieces = list(_cut_text(text, size))
+    assert "".join(pieces) == text
+    assert all(len(p.encode()) <= size for p in pieces) and (all(pieces) or not text)
+    kept = cut(whole(text), size)
+    assert [p.text for p in kept] == [p for p in pieces if p.strip()]
+
+
+def test_a_last_piece_of_white_space_leaves_no_complete_one() -> None:
+    assert [(p.text, p.complete) for p in cut(whole("abcdef\n\n\n\n\n"), 7)] == [("abcdef\n", False)]
+
+
+@pytest.mark.parametrize(("size", "turns"), [(100, 4), (27, 4), (26, 2), (13, 2), (12, 0), (1, 0)])
+def test_long_chats_lose_their_last_turns(size: int, turns: int) -> None:
+    sample = to_sample({"messages": CHAT}, "f:1", "d")
+    assert sample is not None and sum(len(m.content) for m in sample.messages) == 27
+    kept = cut(sample, size)
+    if turns == 4:
+        assert kept == [sample]
+    else:
+        first = sample.messages[:turns]
+        assert kept == ([Sample(sample_id(None, first), "d", None, first)] if turns else [])
+
+
+# Reading
+
+
+def test_lines_are_numbered_and_blank_ones_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "a"}\r\n\n  \n{"text": "\xc3\xa9"}')
+    rows = list(read_rows(Dataset(str(path)), "prepare.data.0.data"))
+    assert rows == [(f"{path}:1", {"text": "a"}), (f"{path}:4", {"text": "é"})]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b'{"text": "b"', "is not JSON (Expecting ',' delimiter); one object a line"),
+        (b"[", "is not JSON (Expecting value); one object a line"),
+        (b'["b"]', "is not an object with `text` or `messages`"),
+        (b'{"text": "\xff"}', "is not UTF-8 (invalid start byte at byte 10)"),
+    ],
+)
+def test_a_line_that_is_no_row_is_named(tmp_path: Path, line: bytes, said: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "a"}\n\n' + line + b"\n")
+    with pytest.raises(ValueError) as refused:
+        list(read_rows(Dataset(str(path)), "prepare.data.0.data"))
+    assert str(refused.value) == f"{path}:3: {said}"
+
+
+@pytest.mark.parametrize("name", ["none.jsonl", "none.parquet", "/none/at/all"])
+def test_a_file_that_is_missing_is_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        list(read_rows(Dataset(str(tmp_path / name)), "prepare.data.3.data"))
+    path = tmp_path / name
+    line = f"prepare.data.3.data: {path} does not exist; give a .jsonl or .parquet file, a folder or a hub id"
+    assert str(refused.value) == line
+
+
+def test_parquet_rows(tmp_path: Path) -> None:
+    rows = [{"text": "one", "domain": "d", "n": 1}, {"text": "two", "domain": "d", "n": 2}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    read = list(read_rows(Dataset(str(tmp_path / "a.parquet")), "k"))
+    assert [row for _, row in read] == rows and read[1][0] == f"{tmp_path / 'a.parquet'} row 2"
+    pq.write_table(pa.Table.from_pylist([{"messages": CHAT}]), tmp_path / "b.parquet")
+    chat = next(read_rows(Dataset(str(tmp_path / "b.parquet")), "k"))[1]
+    assert to_sample(chat, "w", "d") == to_sample({"messages": CHAT}, "w", "d")
+
+
+def test_a_parquet_file_that_is_damaged_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1 and no more")
+    with pytest.raises(ValueError, match=f"^prepare.data.0.data: {re.escape(str(path))} cannot be loaded: "):
+        list(read_rows(Dataset(str(path)), "prepare.data.0.data"))
+
+
+# Splitting
+
+
+def test_fractions_are_uniform_and_independent() -> None:
+    found = [(fraction(id, 0), fraction(id, 1)) for id in map(sample_id, texts(8000))]
+    for share in (0.1, 0.5, 0.9):
+        for salt in (0, 1):
+            below = sum(f[salt] < share for f in found) / len(found)
+            assert abs(below - share) < 5 * (share * (1 - share) / len(found)) ** 0.5
+    both = sum(a < 0.5 and b < 0.5 for a, b in found) / len(found)
+    assert abs(both - 0.25) < 5 * (0.25 * 0.75 / len(found)) ** 0.5
+    assert fraction("00000000ffffffff", 0) == 0 and fraction("00000000ffffffff", 1) == 1 - 2**-32
+    assert fraction("80000000" + "0" * 8, 0) == 0.5
+
+
+def test_the_split_is_by_hash(tmp_path: Path) -> None:
+    data = Dataset(str(write_lines(tmp_path / "a.jsonl", ({"text": t} for t in texts(4000)))))
+    split = parts(fusion(data, heldout_share=0.2, train_share=0.5, heldout_limit=4000))
+    assert not ids(split["train"]) & ids(split["heldout"])
+    for found, share in ((split["heldout"], 0.2), (split["train"], 0.8 * 0.5)):
+        assert abs(len(found) - 4000 * share) < 5 * (4000 * share * (1 - share)) ** 0.5
+    assert ids(split["heldout"]) == {i for i in map(sample_id, texts(4000)) if fraction(i, 0) < 0.2}
+
+
+def test_the_split_is_the_same_in_any_order_and_company(tmp_path: Path) -> None:
+    rows = [{"text": t} for t in texts(500)]
+    alone = parts(fusion(Dataset(str(write_lines(tmp_path / "a.jsonl", rows))), heldout_share=0.3))
+    Random(1).shuffle(rows)
+    more = write_lines(tmp_path / "c.jsonl", ({"text": t + "."} for t in texts(200)))
+    shuffled = Dataset(str(write_lines(tmp_path / "b.jsonl", rows)))
+    mixed = parts(fusion(Dataset(str(more)), shuffled, heldout_share=0.3))
+    for part in ("train", "heldout"):
+        assert ids(alone[part]) == ids(mixed[part]) & ids(alone["train"] + alone["heldout"])
+    larger = parts(fusion(shuffled, heldout_share=0.6))
+    assert ids(alone["heldout"]) < ids(larger["heldout"])
+
+
+def test_a_held_out_dataset_is_never_trained_on(tmp_path: Path) -> None:
+    rows = [{"text": t} for t in texts(60)]
+    train, held = write_lines(tmp_path / "a.jsonl", rows), write_lines(tmp_path / "b.jsonl", rows[:20])
+    config = fusion(Dataset(str(train)), Dataset(str(held), heldout=True), heldout_share=0.5)
+    split = parts(config)
+    assert ids(split["heldout"]) == set(map(sample_id, texts(60)[:20]))
+    assert ids(split["train"]) == set(map(sample_id, texts(60)[20:]))
+    limited = stage._Split(fusion(*config.prepare.data, heldout_limit=5))
+    found = list(limited.samples())
+    assert sum(part == "heldout" for part, _ in found) == 5 and limited.left_out["over prepare.heldout_limit"] == 15
+    assert not ids([s for p, s in found if p == "train"]) & set(map(sample_id, texts(60)[:20]))
+
+
+def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
+    rows: list[dict] = [{"text": "one two"}, {"text": " "}, {"text": "one two"}, {"text": "x", "lang": "de"}]
+    rows += [{"messages": CHAT[:1]}, {"messages": CHAT}, {"text": "one\ntwo\nthree\nfour"}]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    held = write_lines(tmp_path / "b.jsonl", [{"text": "held"}])
+    config = fusion(Dataset(str(path), domain="d"), Dataset(str(held), domain="d", heldout=True), max_bytes=8)
+    split = stage._Split(config)
+    found = [(part, s.text) for part, s in split.samples()]
+    assert found == [("heldout", "held")] + [("train", t) for t in ("one two", "x", "one\ntwo\n", "three\n", "four")]
+    assert split.left_out == {"blank": 2, "seen before": 1, "longer than prepare.max_bytes": 1}
+    assert split.counts == {"train": 5, "train d": 5, "heldout": 1, "heldout d": 1}
+    chosen = parts(fusion(Dataset(str(path), where={"lang": "de"}), Dataset(str(held), heldout=True)))
+    assert [s.text for s in chosen["train"]] == ["x"]
+    first = parts(fusion(Dataset(str(path), limit=2), Dataset(str(held), heldout=True)))
+    assert [s.text for s in first["train"]] == ["one two"]  # blank rows do not count, one seen before does
+
+
+def test_unique_remembers() -> None:
+    one, two = samples(2)
+    seen: set[str] = set()
+    assert list(unique([one, two, one], seen)) == [one, two] and list(unique([two], seen)) == []
+
+
+# The stage
+
+
+def test_the_stage_writes_a_corpus_that_reads_back(tmp_path: Path) -> None:
+    rows: list[dict] = [{"text": t, "domain": "plain"} for t in texts(300)]
+    rows += [{"messages": CHAT, "domain": "chat"}, {"text": "word " * 30, "domain": "long"}, {"text": "\n"}]
+    config = fusion(Dataset(str(write_lines(tmp_path / "a.jsonl", rows))), heldout_share=0.2, max_bytes=100)
+    out = artifact(tmp_path, "prepare")
+    facts = stage.run(config, {}, out)
+    split = parts(config)
+    for part in ("train", "heldout"):
+        corpus = Corpus(out.folder, part)
+        read = list(corpus)
+        assert read == sorted(split[part], key=lambda s: s.id) and len(corpus) == len(read)
+        assert facts["bytes"][part] == sum(len(text.encode()) for s in read for text in s.segments())
+        assert [s for n in range(corpus.groups) for s in corpus.group(n)] == read
+    assert facts["samples"]["train"] + facts["samples"]["heldout"] == 300 + 1 + 2
+    assert facts["left out"] == {"blank": 1}
+    assert json.loads(json.dumps(facts)) == facts
+    assert sorted(p.name for p in out.folder.iterdir()) == ["heldout.parquet", "train.parquet"]
+
+
+def test_the_stage_writes_the_same_bytes_again(tmp_path: Path) -> None:
+    rows = [{"text": t} for t in texts(200)]
+    content = []
+    for name in ("a", "b"):
+        path = write_lines(tmp_path / f"{name}.jsonl", rows)
+        out = artifact(tmp_path / name, "prepare")
+        stage.run(fusion(Dataset(str(path)), heldout_share=0.2), {}, out)
+        content.append([(out.folder / f"{part}.parquet").read_bytes() for part in ("train", "heldout")])
+        rows.reverse()
+    assert content[0] == content[1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "line"),
+    [
+        ([], {}, "prepare.data.0.data: {path} has no rows"),
+        ([{"text": " "}], {}, "prepare.data.0.data: {path} none of its 1 rows is left after `where` and blank ones"),
+        (
+            [{"text": "a"}],
+            {"heldout_share": 0},
+            "prepare: no sample is left to measure on; raise prepare.heldout_share or mark a dataset `heldout: true`",
+        ),
+        ([{"text": "a"}], {"heldout_share": 0.9999}, "prepare: no sample is left to train on"),
+        ([{"text": "a"}, {"body": "b"}], {}, "{path}:2: has neither `text` nor `messages`; its keys are body"),
+    ],
+)
+def test_the_stage_refuses_and_writes_nothing(tmp_path: Path, rows: list, settings: dict, line: str) -> None:
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    out = artifact(tmp_path, "prepare")
+    with pytest.raises(ValueError) as refused:
+        stage.run(fusion(Dataset(str(path)), **settings), {}, out)
+    assert str(refused.value) == line.format(path=path)
+    assert list(out.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(("count", "groups"), [(1, 1), (8, 1), (9, 2), (320, 32), (1000, 33), (9000, 36)])
+def test_groups_are_small_enough_to_share_out(tmp_path: Path, count: int, groups: int) -> None:
+    made = samples(count)
+    write_samples(tmp_path / "train.parquet", made)
+    corpus = Corpus(tmp_path, "train")
+    assert corpus.groups == groups and len(corpus) == count
+    assert [s.id for s in corpus] == [s.id for s in made]
