@@ -141,7 +141,7 @@ def load_model(model: Model, folder: Path, dtype: str | None = None) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(
+        made: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, cluster.precision(dtype or model.dtype)),
             attn_implementation=model.attention,
@@ -152,6 +152,7 @@ def load_model(model: Model, folder: Path, dtype: str | None = None) -> Any:
         raise ValueError(
             f"{model.name}: {folder} does not load as a causal language model: {' '.join(str(error).split())[:200]}"
         ) from error
+    loaded, info = made
     if info["missing_keys"]:
         raise ValueError(f"{model.name}: {folder} lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}")
     return loaded.eval()

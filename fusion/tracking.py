@@ -137,7 +137,7 @@ class Tracker:
         if self._run is not None:
             import wandb
 
-            self._run.log({name: wandb.Table(columns=columns, data=rows)})
+            self._run.log({name: wandb.Table(columns=list(columns), data=rows)})
 
     def close(self) -> None:
         """Finish the run."""

@@ -7,6 +7,7 @@ import argparse
 import errno
 import fcntl
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -24,7 +25,7 @@ def main() -> int:
     """Read the command line, run; 0 when all went well, 2 for what the user can mend."""
     arguments = _parse()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    lock = None
+    lock, config = None, None
     try:
         from fusion import config as configs
 
@@ -38,6 +39,11 @@ def main() -> int:
         _run(config, arguments)
     except (ValueError, OSError) as error:
         return _fail(error)
+    except Exception as error:
+        # torch and safetensors say a full disk in errors of their own
+        if config is None or not (_is_full(config.folder) or os.strerror(errno.ENOSPC) in str(error)):
+            raise
+        return _fail(OSError(errno.ENOSPC, str(error), str(config.folder)))
     finally:
         if lock is not None:
             lock.close()
@@ -85,8 +91,8 @@ def _run(config: Any, arguments: argparse.Namespace) -> None:
 
 
 def _lock(folder: Path) -> IO[str] | None:
-    """Hold the run's folder against a second run; the first rank of a machine holds it for all of its ranks."""
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    """Hold the run's folder against a second run; the first rank holds it for all."""
+    if os.environ.get("RANK", "0") != "0":
         return None
     folder.mkdir(parents=True, exist_ok=True)
     lock = (folder / ".lock").open("w")
@@ -98,6 +104,10 @@ def _lock(folder: Path) -> IO[str] | None:
             f"out: another run is writing to {folder}; wait for it, or give this one another `out`"
         ) from None
     return lock
+
+
+def _is_full(folder: Path) -> bool:
+    return folder.exists() and shutil.disk_usage(folder).free < 2**20
 
 
 def _fail(error: Exception) -> int:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.sparse import csr_array
 
 from fusion import cluster, hub, tracking
 from fusion.align import vocabulary
@@ -42,7 +43,7 @@ def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, 
                     rendered = learns.render(sample)
                     yield (heard, rendered, *shared(heard.boundary, rendered.boundary))
 
-    def count() -> tuple[vocabulary.Matrix, int, int]:
+    def count() -> tuple[csr_array, int, int]:
         positions = [0, 0]
 
         def pairs() -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -56,7 +57,7 @@ def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, 
     parts = cluster.together(count)
 
     def write() -> dict[str, Any]:
-        counts = vocabulary.Matrix(sum((part[0] for part in parts), vocabulary.Matrix(shape, dtype=np.int64)))
+        counts = csr_array(sum((part[0] for part in parts), csr_array(shape, dtype=np.int64)))
         matrix = make_map(config.align, reads, learns, counts)
         vocabulary.save(out.folder / "map.safetensors", matrix)
         taught, wanted = sum(p[1] for p in parts), sum(p[2] for p in parts)
@@ -67,14 +68,14 @@ def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, 
     return cluster.on_main(write)
 
 
-def make_map(settings: Align, source: Renderer, target: Renderer, counts: vocabulary.Matrix) -> vocabulary.Matrix:
+def make_map(settings: Align, source: Renderer, target: Renderer, counts: csr_array) -> csr_array:
     """The map that the config names: its kind first, then the end of text, then the fallback.
 
     A source with the target's own vocabulary needs no map but the identity, and loses nothing.
     """
     tables = (source.table, target.table)
     if source.table.digest == target.table.digest:
-        return vocabulary.Matrix(vocabulary.identity(len(source.table)))
+        return vocabulary.identity(len(source.table))
     if settings.map in ("soft", "hard"):
         first = vocabulary.statistics(counts, settings.map == "hard", settings.targets_per_token)
     else:
@@ -85,9 +86,7 @@ def make_map(settings: Align, source: Renderer, target: Renderer, counts: vocabu
     return vocabulary.chain(*maps)
 
 
-def _facts(
-    matrix: vocabulary.Matrix, counts: vocabulary.Matrix, taught: int, wanted: int, cache: Cache, target: str
-) -> dict[str, Any]:
+def _facts(matrix: csr_array, counts: csr_array, taught: int, wanted: int, cache: Cache, target: str) -> dict[str, Any]:
     """Coverage of positions, of ids, and of probability mass on a part of the corpus."""
     kept, whole = 0.0, 0.0
     for n, id in enumerate(cache.ids()):

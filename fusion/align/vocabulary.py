@@ -10,16 +10,14 @@ from scipy.sparse import csr_array
 from fusion.artifact import atomic
 from fusion.tokens.bytes import ByteTable, Kind
 
-Matrix = csr_array
 
-
-def exact(source: ByteTable, target: ByteTable) -> Matrix:
+def exact(source: ByteTable, target: ByteTable) -> csr_array:
     """Each source id to the target id of the same bytes, where there is one; control ids are left empty."""
     by_bytes = _by_bytes(target)
     return _from_pairs([(t, by_bytes.get(p, -1)) for t, p in _spelled(source)], (len(source), len(target)))
 
 
-def prefix(source: ByteTable, target: ByteTable) -> Matrix:
+def prefix(source: ByteTable, target: ByteTable) -> csr_array:
     """Each source id to the longest target token that its bytes begin with.
 
     Where a source token is longer than any target token, its mass goes to the token that has to come first. (By bytes
@@ -34,7 +32,7 @@ def prefix(source: ByteTable, target: ByteTable) -> Matrix:
     return _from_pairs(pairs, (len(source), len(target)))
 
 
-def statistics(counts: Matrix, hard: bool, width: int) -> Matrix:
+def statistics(counts: csr_array, hard: bool, width: int) -> csr_array:
     """From how often the target's next token was s where the source's was t (FuseChat, Wan et al. 2402.16107).
 
     Args:
@@ -53,7 +51,7 @@ def statistics(counts: Matrix, hard: bool, width: int) -> Matrix:
     return kept
 
 
-def count_pairs(pairs: Iterable[tuple[np.ndarray, np.ndarray]], shape: tuple[int, int]) -> Matrix:
+def count_pairs(pairs: Iterable[tuple[np.ndarray, np.ndarray]], shape: tuple[int, int]) -> csr_array:
     """How often each (source token, target token) comes together."""
     total = csr_array(shape, dtype=np.int64)
     waiting: list[np.ndarray] = []
@@ -66,12 +64,12 @@ def count_pairs(pairs: Iterable[tuple[np.ndarray, np.ndarray]], shape: tuple[int
     return csr_array(total + _count(waiting, shape))
 
 
-def _count(keys: list[np.ndarray], shape: tuple[int, int]) -> Matrix:
+def _count(keys: list[np.ndarray], shape: tuple[int, int]) -> csr_array:
     values, counts = np.unique(np.concatenate([np.zeros(0, np.int64), *keys]), return_counts=True)
     return csr_array((counts.astype(np.int64), (values // shape[1], values % shape[1])), shape=shape)
 
 
-def chain(first: Matrix, *others: Matrix) -> Matrix:
+def chain(first: csr_array, *others: csr_array) -> csr_array:
     """The first map, with the rows it leaves empty taken from the next one that has them."""
     result = csr_array(first, dtype=np.float64)
     for other in others:
@@ -83,13 +81,13 @@ def chain(first: Matrix, *others: Matrix) -> Matrix:
     return result
 
 
-def pair(source_id: int | None, target_id: int | None, shape: tuple[int, int]) -> Matrix:
+def pair(source_id: int | None, target_id: int | None, shape: tuple[int, int]) -> csr_array:
     """A map of one entry: the end of a text to the end of a text."""
     known = source_id is not None and target_id is not None
     return _from_pairs([(source_id, target_id)] if known else [], shape)  # type: ignore[list-item]
 
 
-def widest(matrix: Matrix, width: int) -> Matrix:
+def widest(matrix: csr_array, width: int) -> csr_array:
     """The `width` largest entries of each row; of equal ones, that of the smaller column."""
     rows = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
     order = np.lexsort((matrix.indices, -matrix.data, rows))
@@ -98,7 +96,7 @@ def widest(matrix: Matrix, width: int) -> Matrix:
     return csr_array((matrix.data[kept], (rows[kept], matrix.indices[kept])), shape=matrix.shape)
 
 
-def save(path: Path, matrix: Matrix) -> None:
+def save(path: Path, matrix: csr_array) -> None:
     """Write a map as safetensors."""
     tensors = {
         "values": matrix.data.astype(np.float32),
@@ -110,7 +108,7 @@ def save(path: Path, matrix: Matrix) -> None:
         save_file(tensors, part)
 
 
-def load(path: Path) -> Matrix:
+def load(path: Path) -> csr_array:
     """Read a map."""
     tensors = load_file(path)
     return csr_array((tensors["values"], tensors["columns"], tensors["rows"]), shape=tuple(tensors["shape"]))
@@ -128,11 +126,11 @@ def _by_bytes(table: ByteTable) -> dict[bytes, int]:
     return found
 
 
-def _from_pairs(pairs: list[tuple[int, int]], shape: tuple[int, int]) -> Matrix:
+def _from_pairs(pairs: list[tuple[int, int]], shape: tuple[int, int]) -> csr_array:
     kept = np.array([p for p in pairs if p[1] >= 0], dtype=np.int64).reshape(-1, 2)
     return csr_array((np.ones(len(kept)), (kept[:, 0], kept[:, 1])), shape=shape)
 
 
-def identity(size: int) -> Matrix:
+def identity(size: int) -> csr_array:
     """Each id to itself: two models of one vocabulary."""
     return _from_pairs([(i, i) for i in range(size)], (size, size))

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from scipy.sparse import csr_array
+
 from fusion import cluster, hub
 from fusion.align import vocabulary
 from fusion.artifact import Artifact
@@ -66,5 +68,5 @@ def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, 
     return {**figures, "history": history}
 
 
-def _map(folder: Path | None) -> vocabulary.Matrix | None:
+def _map(folder: Path | None) -> csr_array | None:
     return None if folder is None else vocabulary.load(folder / "map.safetensors")

@@ -71,10 +71,11 @@ def release(trainer: "FusionTrainer") -> None:
     """Let go of a trainer's model and DeepSpeed state, so that the next target starts from nothing."""
     from accelerate.state import AcceleratorState
 
-    if getattr(trainer.model_wrapped, "destroy", None):
-        trainer.model_wrapped.destroy()
+    engine: Any = trainer.model_wrapped
+    if hasattr(engine, "destroy"):
+        engine.destroy()
     trainer.accelerator.free_memory()
-    trainer.model = trainer.model_wrapped = None
+    del trainer.model, trainer.model_wrapped, engine
     unset_hf_deepspeed_config()
     AcceleratorState._reset_state()
     gc.collect()

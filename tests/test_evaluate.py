@@ -1,0 +1,170 @@
+"""Bits per byte: a naive reading, text by text, gives the same; windows miss and repeat nothing."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from fusion.config import Model
+from fusion.records import Carries, Message, Rendered, Sample, sample_id
+from fusion.release.evaluate import _windows, bits_per_byte
+from tiny import samples
+
+TEXTS = ["one two three", "a", "naïve 日本語 🙂", "  spaces and\n\nlines\n", "the dog sat by the door " * 5]
+
+
+def of(domain: str, texts: list[str]) -> list[Sample]:
+    return [Sample(sample_id(text), domain, text) for text in texts]
+
+
+def measure(folder: Path, read: list[Sample], batch_tokens: int = 4096) -> dict[str, float]:
+    return bits_per_byte(Model(str(folder), "a", dtype="float32"), folder, read, batch_tokens)
+
+
+def ids_of(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return [start, *tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids]
+
+
+def naive(folder: Path, texts: list[str]) -> float:
+    """Σ −log₂ p of every token of every text, each read by itself, divided by all bytes."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    nats = 0.0
+    for text in texts:
+        ids = ids_of(tokenizer, text)
+        with torch.no_grad():
+            logp_TV = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        nats -= sum(float(logp_TV[t, ids[t + 1]]) for t in range(len(ids) - 1))
+    return nats / sum(len(text.encode()) for text in texts) / float(np.log(2))
+
+
+@pytest.fixture(scope="module", params=["llama", "neox"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp(request.param)
+    kinds = {"llama": "sentencepiece_tokenizer", "neox": "byte_level_tokenizer"}
+    tokenizer = request.getfixturevalue(kinds[request.param])
+    return request.getfixturevalue(f"tiny_{request.param}")(made, tokenizer, seed=5, initializer_range=0.4)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 60, 4096])
+def test_bits_per_byte_is_a_naive_reading(folder: Path, batch_tokens: int) -> None:
+    assert measure(folder, of("d", TEXTS), batch_tokens) == pytest.approx({"d": naive(folder, TEXTS)}, rel=1e-5)
+
+
+def test_domains_are_apart(folder: Path) -> None:
+    parts = {"b": TEXTS[:2], "a": TEXTS[2:4], "c": TEXTS[4:]}
+    mixed = [s for row in zip(*(of(d, t * 2) for d, t in parts.items()), strict=False) for s in row]
+    rest = [s for d, t in parts.items() for s in of(d, t)]
+    found = measure(folder, [*mixed, *rest])
+    assert list(found) == ["a", "b", "c"]
+    counted = {d: [s.text for s in [*mixed, *rest] if s.domain == d] for d in parts}
+    for domain, texts in counted.items():
+        assert found[domain] == pytest.approx(naive(folder, [str(t) for t in texts]), rel=1e-5)
+
+
+def test_a_uniform_model_needs_log_v_bits_a_token(
+    tmp_path: Path, tiny_llama: Any, byte_level_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    folder = tiny_llama(tmp_path, byte_level_tokenizer, vocab_size=1024)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    model.save_pretrained(folder)
+    texts = [str(s.text) for s in samples(9)]
+    tokens = sum(len(ids_of(byte_level_tokenizer, text)) - 1 for text in texts)
+    expected = 10 * tokens / sum(len(text.encode()) for text in texts)
+    assert measure(folder, of("d", texts)) == pytest.approx({"d": expected}, rel=1e-6)
+
+
+def test_of_a_chat_only_the_assistants_words_count(folder: Path) -> None:
+    turns = (Message("user", "what? " * 9), Message("assistant", "Two dogs."))
+    chat = Sample(sample_id(None, turns), "chat", None, turns)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    start = tokenizer.bos_token or ""
+    text = f"{start}User:\n{'what? ' * 9}\n\nAssistant:\nTwo dogs.{tokenizer.eos_token}\n\n"
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
+    first, last = text.index("Two dogs."), text.index("Two dogs.") + len("Two dogs.")
+    told = [t for t, (a, b) in enumerate(offsets) if b > first and a < last]
+    with torch.no_grad():
+        logp_TV = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    bits = -sum(float(logp_TV[t - 1, ids[t]]) for t in told) / float(np.log(2))
+    assert measure(folder, [chat]) == pytest.approx({"chat": bits / 9}, rel=1e-5)
+
+
+# Windows
+
+
+def rendered(length: int, kinds: list[int]) -> Rendered:
+    ids = np.arange(length, dtype=np.int32)
+    carries = np.array((kinds * length)[: length - 1] + [Carries.NOTHING], dtype=np.uint8)
+    return Rendered(ids, np.full(length, -1), carries, 1)
+
+
+@pytest.mark.parametrize("kinds", [[1], [1, 0, 0, 1], [0, 2, 1]])
+def test_windows_score_each_content_token_once(kinds: list[int]) -> None:
+    for length in (1, 2, 3, 4, 5, 9, 16, 31, 64, 65, 100):
+        for context in (2, 3, 4, 5, 8, 31, 32, 33, 64, 200, None):
+            whole = rendered(length, kinds)
+            scored: list[int] = []
+            for window in _windows("d", whole, context):
+                assert len(window.ids) == len(window.content) and (context is None or len(window.ids) <= context)
+                assert window.domain == "d" and 0 <= window.first < max(len(window.ids), 1)
+                at = np.flatnonzero(window.content[:-1])
+                at = at[at >= window.first]
+                scored += window.ids[at].tolist()  # ids number the positions
+                seen = at + 1  # tokens of context before the one that is predicted
+                if window.ids[0] > 0 and context is not None:
+                    assert (seen >= (context + 1) // 2).all()
+            assert scored == np.flatnonzero(whole.carries == Carries.CONTENT).tolist()
+
+
+def test_one_window_where_the_context_is_enough() -> None:
+    for context in (10, 11, None):
+        (window,) = _windows("d", rendered(10, [1]), context)
+        assert window.first == 0 and window.ids.tolist() == list(range(10))
+
+
+def test_a_model_without_memory_is_measured_the_same_in_windows(
+    tmp_path: Path, tiny_llama: Any, byte_level_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    found = []
+    for context in (256, 9, 4, 2):
+        made = tiny_llama(
+            tmp_path / str(context), byte_level_tokenizer, max_position_embeddings=context, initializer_range=0.4
+        )
+        model = AutoModelForCausalLM.from_pretrained(made)
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.self_attn.o_proj.weight.zero_()
+        model.save_pretrained(made)
+        found.append(measure(made, of("d", TEXTS))["d"])
+    assert found[0] > 1 and found[1:] == pytest.approx([found[0]] * 3, rel=1e-5)
+
+
+def test_long_texts_are_read_in_windows_that_overlap_by_half(
+    tmp_path: Path, tiny_llama: Any, byte_level_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    context, text = 16, "the cat sat on the mat, and so did all of the dogs in the life of two of them. " * 2
+    made = tiny_llama(tmp_path, byte_level_tokenizer, max_position_embeddings=context, initializer_range=0.4)
+    model, ids = AutoModelForCausalLM.from_pretrained(made), ids_of(byte_level_tokenizer, text)
+    assert len(ids) > 3 * context
+    nats = 0.0
+    for t in range(1, len(ids)):  # token t is read in the first window, of those that begin at 0, 8, 16, …, to hold it
+        start = max(0, -(-(t + 1 - context) // 8) * 8)
+        with torch.no_grad():
+            logits_V = model(torch.tensor([ids[start:t]])).logits[0, -1]
+        nats -= float(logits_V.log_softmax(-1)[ids[t]])
+    assert measure(made, of("d", [text])) == pytest.approx({"d": nats / len(text) / float(np.log(2))}, rel=1e-5)
+
+
+def test_a_pair_that_is_none_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="^a: no tokenizer could be loaded from"):
+        measure(tmp_path, of("d", TEXTS))
+
+
+def test_nothing_to_measure(folder: Path) -> None:
+    assert measure(folder, []) == {}
