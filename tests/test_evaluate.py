@@ -161,7 +161,7 @@ def test_long_texts_are_read_in_windows_that_overlap_by_half(
     assert measure(made, of("d", [text])) == pytest.approx({"d": nats / len(text) / float(np.log(2))}, rel=1e-5)
 
 
-def test_a_pair_that_is_none_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_folder_without_a_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="^a: no tokenizer could be loaded from"):
         measure(tmp_path, of("d", TEXTS))
 

@@ -160,7 +160,9 @@ def test_byte_table_of_fixtures(byte_level_tokenizer: Any, sentencepiece_tokeniz
     assert np.bincount(level.kinds, minlength=4).tolist() == [len(level) - 1, 0, 1, 0]
     assert np.bincount(piece.kinds, minlength=4).tolist() == [len(piece) - 259, 256, 3, 0]
     assert not level.marks_start and piece.marks_start
-    assert sorted(level.pieces[i] for i in range(len(level)) if level.lengths[i] == 1) == [bytes([b]) for b in range(256)]
+    assert sorted(level.pieces[i] for i in range(len(level)) if level.lengths[i] == 1) == [
+        bytes([b]) for b in range(256)
+    ]
     assert [piece.pieces[3 + b] for b in range(256)] == [bytes([b]) for b in range(256)]
     assert piece.pieces[:3] == (b"", b"", b"") and piece.kinds[:3].tolist() == [Kind.CONTROL] * 3
     assert piece.pieces[sentencepiece_tokenizer.convert_tokens_to_ids("▁the")] == b" the"
@@ -278,7 +280,23 @@ def test_unigram_with_byte_fallback() -> None:
 # ---------------------------------------------------------------- places of a text
 
 ODD = st.sampled_from(
-    ["  ", "   ", "\n\n", "\n \n", "\t", "🙂", "👩‍👩‍👧", "e\u0301\u0301", "日本語", "\u0000", "\u0085", "\u2028", "ﬁ", "½", "İ"]
+    [
+        "  ",
+        "   ",
+        "\n\n",
+        "\n \n",
+        "\t",
+        "🙂",
+        "👩‍👩‍👧",
+        "e\u0301\u0301",
+        "日本語",
+        "\u0000",
+        "\u0085",
+        "\u2028",
+        "ﬁ",
+        "½",
+        "İ",
+    ]
     + list(LITERALS)
     + ["the cat", " mat", "return total", "48", "user", "assistant"]
 )
@@ -392,22 +410,27 @@ def test_unknown_characters_cost_only_their_own_place() -> None:
     made, sample = renderer("models/tinystories-656k"), text_sample("Once upon a time é there was a cat.")
     rendered = made.render(sample)
     assert rendered.lossy
-    assert [made.table.pieces[i] for i in rendered.ids].count(b"") >= 3  # start, unknown, end
+    pieces = [b"", b" ", b"On", b"ce ", b"upon a tim", b"e ", b"", b" ", b"there was a ", b"cat", b".", b""]
+    assert [made.table.pieces[i] for i in rendered.ids] == pieces
+    # in a changed text it is not known whether the first token has a space put before it
+    assert rendered.boundary.tolist() == [-1, -1, 3, 6, 16, 18, -1, 21, 33, 36, 37, -1]
     check_places(made, sample, rendered)
-    unknown = rendered.boundary[np.flatnonzero(rendered.carries)] < 0
-    assert 1 <= unknown.sum() <= 2
-    assert rendered.boundary[-2] == 1 + len(sample.segments()[0].encode())
 
 
 @pytest.mark.parametrize("other", ["tokenizers/llama2", "tokenizers/internlm2", "zoo/code-neox", "models/stories260K"])
 def test_real_tokenizers_meet(other: str) -> None:
     for text in TEXTS:
-        source, target = renderer("tokenizers/gpt2").render(text_sample(text)), renderer(other).render(text_sample(text))
+        source, target = (
+            renderer("tokenizers/gpt2").render(text_sample(text)),
+            renderer(other).render(text_sample(text)),
+        )
         check_meeting(source, target)
         at_source, at_target = shared(source.boundary, target.boundary)
         for i, j in zip(at_source, at_target, strict=True):
-            read = [r.table.join(x.ids[: n + 1]).lstrip(b" ") for r, x, n in (
-                (renderer("tokenizers/gpt2"), source, i), (renderer(other), target, j))]
+            read = [
+                r.table.join(x.ids[: n + 1]).lstrip(b" ")
+                for r, x, n in ((renderer("tokenizers/gpt2"), source, i), (renderer(other), target, j))
+            ]
             assert read[0] == read[1]
         assert source.boundary[-2] == target.boundary[-2] == 1 + len(text.encode())
 
@@ -479,7 +502,9 @@ def test_chats_of_real_tokenizers(folder: str, template: str) -> None:
 @pytest.mark.parametrize("folder", WITH_TEMPLATE)
 def test_first_word_after_a_template(folder: str) -> None:
     made = renderer(folder)
-    rendered = check_chat(made, chat_sample(("user", "q"), ("assistant", "hello world"), ("user", "q"), ("assistant", "x")))
+    rendered = check_chat(
+        made, chat_sample(("user", "q"), ("assistant", "hello world"), ("user", "q"), ("assistant", "x"))
+    )
     known = rendered.boundary[rendered.boundary >= 0].tolist()
     first = 0 if FOLDERS[folder][1] else 1  # " hello" with a space that the content does not have
     assert known[0] == first and known[-3:] == [12, 13 + first, 15]

@@ -126,8 +126,22 @@ def _steps(samples: int, settings: Distill) -> int:
 
 
 def _last_checkpoint(work: Path) -> str | None:
-    """The newest checkpoint that was written to its end: Trainer writes its state last."""
-    whole = [p.parent for p in work.glob("checkpoint-*/trainer_state.json")]
+    """The newest checkpoint that every rank wrote to its end.
+
+    Raises:
+        ValueError: it is of another number of ranks, among which DeepSpeed has divided the optimizer's state.
+    """
+    world, told = cluster.world(), work / "ranks"
+    states = [p.parent for p in work.glob("checkpoint-*/trainer_state.json")]  # which Trainer writes last
+    if told.exists() and states and told.read_text() != str(world):
+        raise ValueError(
+            f"{work} holds checkpoints of {told.read_text()} ranks and this run has {world}; go on with as many, "
+            "or remove that folder to begin this target again"
+        )
+    if cluster.is_main():
+        work.mkdir(parents=True, exist_ok=True)
+        told.write_text(str(world))
+    whole = [p for p in states if len(list(p.glob("rng_state*.pth"))) == world]
     return str(max(whole, key=lambda p: int(p.name.rpartition("-")[2]))) if whole else None
 
 

@@ -1,0 +1,252 @@
+"""Places that meet, maps between vocabularies and projections, against dense and quadratic references."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.sparse import csr_array
+
+from fusion.align import vocabulary
+from fusion.align.project import project
+from fusion.align.spans import shared
+from fusion.records import Sparse
+from fusion.tokens.bytes import ByteTable, Kind
+
+T, B, C, U = Kind.TEXT, Kind.BYTE, Kind.CONTROL, Kind.UNUSED
+
+
+def table(*pieces: tuple[bytes, Kind]) -> ByteTable:
+    spelled = tuple(p for p, _ in pieces)
+    lengths = np.array([len(p) for p in spelled], dtype=np.int64)
+    return ByteTable(spelled, np.array([k for _, k in pieces], dtype=np.uint8), lengths, False, "")
+
+
+def sparse(*rows: dict[int, float]) -> Sparse:
+    offsets = np.cumsum([0, *(len(r) for r in rows)]).astype(np.int64)
+    ids = np.array([i for r in rows for i in r], dtype=np.int32)
+    return Sparse(offsets, ids, np.array([p for r in rows for p in r.values()], dtype=np.float32))
+
+
+def dense(entries: Sparse, width: int) -> np.ndarray:
+    full = np.zeros((len(entries), width))
+    for row in range(len(entries)):
+        for e in range(entries.offsets[row], entries.offsets[row + 1]):
+            full[row, entries.ids[e]] += entries.probs[e]
+    return full
+
+
+def matrix(rows: list[list[float]]) -> csr_array:
+    return csr_array(np.array(rows, dtype=np.float64))
+
+
+# ---------------------------------------------------------------- spans
+
+HAND = [
+    ([], [], [], []),
+    ([1, 2, 3], [], [], []),
+    ([-1, -1], [-1, 0], [], []),
+    ([0, 1, 5, 9], [1, 2, 5, 6, 9], [1, 2, 3], [0, 2, 4]),
+    ([-1, 1, -1, 4, -1], [-1, -1, 1, 4], [1, 3], [2, 3]),
+    ([1, 1, 1, 2], [0, 1, 1, 3], [2], [2]),
+    ([1, -1, 1, 2], [1, 2, 2], [2, 3], [0, 2]),  # positions at one place with one of no place between
+    ([0], [0], [0], [0]),
+]
+
+
+@pytest.mark.parametrize(("source", "target", "at_source", "at_target"), HAND)
+def test_shared_by_hand(source: list[int], target: list[int], at_source: list[int], at_target: list[int]) -> None:
+    i, j = shared(np.array(source, dtype=np.int64), np.array(target, dtype=np.int64))
+    assert (i.tolist(), j.tolist()) == (at_source, at_target)
+    j, i = shared(np.array(target, dtype=np.int64), np.array(source, dtype=np.int64))
+    assert (i.tolist(), j.tolist()) == (at_source, at_target)
+
+
+PLACES = st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=25).map(
+    lambda steps: np.where([known for _, known in steps], np.cumsum([s for s, _ in steps]), -1).astype(np.int64)
+)
+
+
+@settings(max_examples=200)
+@given(source=PLACES, target=PLACES)
+def test_shared_against_every_pair(source: np.ndarray, target: np.ndarray) -> None:
+    last = {}
+    for i, a in enumerate(source.tolist()):
+        for j, b in enumerate(target.tolist()):
+            if a == b >= 0:
+                last[a] = (i, j)
+    at_source, at_target = shared(source, target)
+    assert list(zip(at_source.tolist(), at_target.tolist(), strict=True)) == [last[p] for p in sorted(last)]
+
+
+# ---------------------------------------------------------------- maps between vocabularies
+
+SOURCE = table((b"", C), (b"ab", T), (b"abc", T), (b"x", B), (b"\xc3", B), (b" the cat", T), (b"", U), (b"q", T))
+TARGET = table((b"ab", T), (b"x", B), (b"x", T), (b"", C), (b" the", T), (b"a", T), (b"ab", T), (b" ", T))
+
+
+def test_exact_map() -> None:
+    found = vocabulary.exact(SOURCE, TARGET).toarray()
+    expected = np.zeros((8, 8))
+    expected[1, 0] = 1  # the smaller id of two with one spelling
+    expected[3, 2] = 1  # a text token before a byte token
+    assert (found == expected).all()
+    assert (vocabulary.exact(SOURCE, SOURCE).toarray().sum(1) == [0, 1, 1, 1, 1, 1, 0, 1]).all()
+
+
+def test_prefix_map() -> None:
+    found = vocabulary.prefix(SOURCE, TARGET).toarray()
+    expected = np.zeros((8, 8))
+    for t, s in ((1, 0), (2, 0), (3, 2), (5, 4)):  # "abc" → "ab", " the cat" → " the"
+        expected[t, s] = 1
+    assert (found == expected).all()
+    assert vocabulary.prefix(SOURCE, table()).shape == (8, 0)
+    assert vocabulary.prefix(table(), TARGET).nnz == 0
+
+
+COUNTS = matrix([[0, 6, 3, 1], [0, 0, 0, 0], [2, 2, 0, 0], [0, 0, 0, 5]])
+
+
+def test_statistics() -> None:
+    soft = vocabulary.statistics(COUNTS, hard=False, width=4).toarray()
+    assert soft.tolist() == [[0, 0.6, 0.3, 0.1], [0, 0, 0, 0], [0.5, 0.5, 0, 0], [0, 0, 0, 1]]
+    narrow = vocabulary.statistics(COUNTS, hard=False, width=1).toarray()
+    assert narrow.tolist() == [[0, 0.6, 0, 0], [0, 0, 0, 0], [0.5, 0, 0, 0], [0, 0, 0, 1]]  # what is cut off is lost
+    hard = vocabulary.statistics(COUNTS, hard=True, width=4).toarray()
+    assert hard.tolist() == [[0, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]]  # of equals the smaller id
+    assert vocabulary.statistics(csr_array((3, 2), dtype=np.int64), hard=True, width=2).nnz == 0
+
+
+def test_statistics_against_dense_counts() -> None:
+    random = np.random.default_rng(0)
+    counts = random.integers(0, 5, (30, 40)) * (random.random((30, 40)) < 0.3)
+    counts[4] = 0
+    for width in (1, 3, 40):
+        expected = np.zeros(counts.shape)
+        for row in range(30):
+            order = sorted(range(40), key=lambda c, r=counts[row]: (-r[c], c))[:width]
+            expected[row, order] = counts[row, order] / max(counts[row].sum(), 1)
+        assert np.array_equal(vocabulary.statistics(csr_array(counts), hard=False, width=width).toarray(), expected)
+
+
+def test_count_pairs() -> None:
+    random = np.random.default_rng(1)
+    pairs = [(random.integers(0, 7, n), random.integers(0, 5, n)) for n in (0, 1, 50, 300)]
+    expected = np.zeros((7, 5), dtype=np.int64)
+    for t, s in pairs:
+        for a, b in zip(t, s, strict=True):
+            expected[a, b] += 1
+    found = vocabulary.count_pairs(((t.astype(np.int32), s.astype(np.int32)) for t, s in pairs), (7, 5))
+    assert np.array_equal(found.toarray(), expected)
+    assert vocabulary.count_pairs([], (7, 5)).toarray().tolist() == np.zeros((7, 5)).tolist()
+
+
+def test_count_pairs_in_parts() -> None:
+    many = np.zeros(2_500_000, dtype=np.int32)  # more than are counted at one time
+    found = vocabulary.count_pairs([(many, many), (many, many + 1), (many[:3] + 200_000, many[:3])], (300_000, 2))
+    assert {(int(r), int(c)): int(v) for r, c, v in zip(*found.tocoo().coords, found.tocoo().data, strict=True)} == {
+        (0, 0): 2_500_000,
+        (0, 1): 2_500_000,
+        (200_000, 0): 3,
+    }
+
+
+def test_chain() -> None:
+    first = matrix([[0, 0.5, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]])
+    second = matrix([[1, 0, 0], [0, 0, 1], [0, 0, 0], [0, 0, 0]])
+    third = matrix([[0, 0, 1], [1, 0, 0], [0.2, 0.3, 0], [0, 0, 0]])
+    found = vocabulary.chain(first, second, third)
+    assert found.toarray().tolist() == [[0, 0.5, 0], [0, 0, 1], [0.2, 0.3, 0], [0, 0, 0]]
+    assert found.has_sorted_indices and found.nnz == 4
+    assert first.toarray().tolist()[0] == [0, 0.5, 0] and second.nnz == 2  # what went in is as it was
+    assert np.array_equal(vocabulary.chain(third).toarray(), third.toarray())
+
+
+def test_pair_and_identity() -> None:
+    assert vocabulary.pair(2, 1, (3, 2)).toarray().tolist() == [[0, 0], [0, 0], [0, 1]]
+    for unknown in ((None, 1), (2, None), (None, None)):
+        assert vocabulary.pair(*unknown, (3, 2)).nnz == 0
+    assert np.array_equal(vocabulary.identity(5).toarray(), np.eye(5))
+
+
+def test_widest() -> None:
+    unsorted = csr_array((np.array([0.2, 0.3, 0.3, 0.1]), np.array([4, 3, 1, 0]), np.array([0, 3, 3, 4])), (3, 5))
+    assert vocabulary.widest(unsorted, 2).toarray().tolist() == [[0, 0.3, 0, 0.3, 0], [0] * 5, [0.1, 0, 0, 0, 0]]
+    assert vocabulary.widest(unsorted, 1).toarray().tolist() == [[0, 0.3, 0, 0, 0], [0] * 5, [0.1, 0, 0, 0, 0]]
+    assert np.array_equal(vocabulary.widest(unsorted, 9).toarray(), unsorted.toarray())
+    assert vocabulary.widest(csr_array((0, 5)), 2).shape == (0, 5)
+
+
+def test_maps_on_disk(tmp_path: Path) -> None:
+    for name, made in {
+        "some": vocabulary.statistics(COUNTS, hard=False, width=3),
+        "none": csr_array((4, 6)),
+        "eye": vocabulary.identity(9),
+    }.items():
+        vocabulary.save(tmp_path / name, made)
+        back = vocabulary.load(tmp_path / name)
+        assert back.shape == made.shape
+        assert np.array_equal(back.toarray(), made.toarray().astype(np.float32))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["eye", "none", "some"]
+
+
+# ---------------------------------------------------------------- projections
+
+
+def test_project_by_hand() -> None:
+    entries = sparse({0: 0.5, 1: 0.25, 2: 0.125}, {}, {3: 1.0}, {9: 0.75, 0: 0.25})
+    maps = matrix([[1, 0, 0], [1, 0, 0], [0, 0.5, 0.25], [0, 0, 0]])
+    found = project(entries, np.array([0, 1, 2, 3]), maps, 10)
+    assert found.offsets.tolist() == [0, 3, 3, 3, 4]
+    assert found.ids.tolist() == [0, 1, 2, 0]  # 0 and 1 fell together; 3 has no target, 9 is padding of a matrix
+    assert found.probs.tolist() == [0.75, 0.0625, 0.03125, 0.25]
+    assert found.ids.dtype == np.int32 and found.probs.dtype == np.float32 and found.offsets.dtype == np.int64
+    pruned = project(entries, np.array([3, 0]), maps, 1)
+    assert (pruned.offsets.tolist(), pruned.ids.tolist(), pruned.probs.tolist()) == ([0, 1, 2], [0, 0], [0.25, 0.75])
+    empty = project(entries, np.zeros(0, dtype=np.int64), maps, 10)
+    assert (len(empty), empty.ids.tolist()) == (0, [])
+    assert len(project(sparse(), np.zeros(0, dtype=np.int64), maps, 3)) == 0
+
+
+def test_a_sum_never_passes_one() -> None:
+    third = np.float32(1 / 3) + np.float32(3e-8)
+    found = project(sparse({0: third, 1: third, 2: third}), np.array([0]), matrix([[1.0], [1.0], [1.0]]), 4)
+    assert found.probs.tolist() == [1.0]
+
+
+@settings(max_examples=100)
+@given(seed=st.integers(0, 10**6), k=st.sampled_from([1, 2, 5, 50]), beyond=st.integers(0, 4))
+def test_project_against_dense(seed: int, k: int, beyond: int) -> None:
+    random = np.random.default_rng(seed)
+    width, target = 12, 9
+    rows = []
+    for _ in range(6):
+        ids = random.permutation(width + beyond)[: random.integers(0, width)]
+        probs = random.dirichlet(np.ones(len(ids) + 1))[:-1] if len(ids) else []
+        rows.append(dict(zip(ids.tolist(), probs, strict=True)))
+    entries = sparse(*rows)
+    shares = random.random((width, target)) * (random.random((width, target)) < 0.3)
+    shares /= np.maximum(shares.sum(1, keepdims=True), 1)
+    at = random.integers(0, len(entries), 8)
+    found = project(entries, at, csr_array(shares), k)
+    whole = dense(entries, width + beyond)[at][:, :width] @ shares
+    kept = np.where(whole >= -np.sort(-whole, axis=1)[:, [min(k, target) - 1]], whole, 0)
+    np.testing.assert_allclose(dense(found, target), kept, atol=1e-6)
+    assert (found.mass() <= entries.mass()[at] + 1e-6).all()
+    for row in range(len(found)):
+        part = found.probs[found.offsets[row] : found.offsets[row + 1]]
+        ids = found.ids[found.offsets[row] : found.offsets[row + 1]]
+        assert len(part) <= k and (np.diff(part) <= 0).all() and (part > 0).all() and len(set(ids)) == len(ids)
+
+
+def test_identity_gives_the_distribution_back() -> None:
+    random = np.random.default_rng(3)
+    rows = []
+    for _ in range(20):
+        probs = np.sort(random.dirichlet(np.ones(8)).astype(np.float32))[::-1][:5]
+        rows.append(dict(zip(random.permutation(30)[:5].tolist(), probs, strict=True)))
+    entries = sparse(*rows)
+    back = project(entries, np.arange(20), vocabulary.identity(30), 5)
+    for field in ("offsets", "ids", "probs"):
+        assert np.array_equal(getattr(back, field), getattr(entries, field))
