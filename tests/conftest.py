@@ -43,7 +43,8 @@ def _loaded(folder: Path, backend: Tokenizer, **special: str) -> PreTrainedToken
     PreTrainedTokenizerFast(
         tokenizer_object=backend, model_max_length=256, clean_up_tokenization_spaces=False, **special
     ).save_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder)
+    loaded: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(folder)
+    return loaded
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +61,7 @@ def byte_level_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrained
 
 @pytest.fixture(scope="session")
 def sentencepiece_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
-    """BPE with `▁` and byte fallback as Llama 2's: a space put before the text; <unk> 0, <s> 1, </s> 2, bytes 3 to 258."""
+    """BPE with `▁` and byte fallback as Llama 2's: a space before the text; <unk> 0, <s> 1, </s> 2, bytes 3 to 258."""
     learner = Tokenizer(models.BPE())
     learner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     learner.pre_tokenizer = pre_tokenizers.Sequence(
@@ -86,12 +87,18 @@ def sentencepiece_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrai
 
 @pytest.fixture(scope="session")
 def tiny_llama() -> Maker:
-    """tiny_llama(folder, tokenizer, seed=0, **LlamaConfig settings): saves a Llama of width 32 with its tokenizer."""
+    """tiny_llama(folder, tokenizer, seed=0, **LlamaConfig settings): saves a Llama of width 32."""
 
     def make(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int = 0, **settings: object) -> Path:
         shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
         ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-        chosen = {"vocab_size": len(tokenizer), "num_key_value_heads": 2, "max_position_embeddings": 256, **shape, **ids}
+        chosen = {
+            "vocab_size": len(tokenizer),
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            **shape,
+            **ids,
+        }
         torch.manual_seed(seed)
         LlamaForCausalLM(LlamaConfig(**(chosen | settings))).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -102,7 +109,7 @@ def tiny_llama() -> Maker:
 
 @pytest.fixture(scope="session")
 def tiny_neox() -> Maker:
-    """tiny_neox(folder, tokenizer, seed=0, **GPTNeoXConfig settings): saves a GPT-NeoX of width 24 with its tokenizer."""
+    """tiny_neox(folder, tokenizer, seed=0, **GPTNeoXConfig settings): saves a GPT-NeoX of width 24."""
 
     def make(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int = 0, **settings: object) -> Path:
         shape = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -64,7 +64,7 @@ def test_shared_by_hand(source: list[int], target: list[int], at_source: list[in
 
 
 PLACES = st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=25).map(
-    lambda steps: np.where([known for _, known in steps], np.cumsum([s for s, _ in steps]), -1).astype(np.int64)
+    lambda steps: np.where([k for _, k in steps], np.cumsum([s for s, _ in steps], dtype=np.int64), -1)
 )
 
 
@@ -165,8 +165,8 @@ def test_chain() -> None:
 
 def test_pair_and_identity() -> None:
     assert vocabulary.pair(2, 1, (3, 2)).toarray().tolist() == [[0, 0], [0, 0], [0, 1]]
-    for unknown in ((None, 1), (2, None), (None, None)):
-        assert vocabulary.pair(*unknown, (3, 2)).nnz == 0
+    for source, target in ((None, 1), (2, None), (None, None)):
+        assert vocabulary.pair(source, target, (3, 2)).nnz == 0
     assert np.array_equal(vocabulary.identity(5).toarray(), np.eye(5))
 
 
@@ -210,7 +210,7 @@ def test_project_by_hand() -> None:
 
 
 def test_a_sum_never_passes_one() -> None:
-    third = np.float32(1 / 3) + np.float32(3e-8)
+    third = float(np.float32(1 / 3) + np.float32(3e-8))
     found = project(sparse({0: third, 1: third, 2: third}), np.array([0]), matrix([[1.0], [1.0], [1.0]]), 4)
     assert found.probs.tolist() == [1.0]
 
@@ -223,7 +223,7 @@ def test_project_against_dense(seed: int, k: int, beyond: int) -> None:
     rows = []
     for _ in range(6):
         ids = random.permutation(width + beyond)[: random.integers(0, width)]
-        probs = random.dirichlet(np.ones(len(ids) + 1))[:-1] if len(ids) else []
+        probs = random.dirichlet(np.ones(len(ids) + 1))[:-1]
         rows.append(dict(zip(ids.tolist(), probs, strict=True)))
     entries = sparse(*rows)
     shares = random.random((width, target)) * (random.random((width, target)) < 0.3)

@@ -246,7 +246,7 @@ def test_unreadable_vocabulary_is_refused() -> None:
 
 
 def test_word_piece() -> None:
-    words = "the cat sat on mat one two a day in life of . s".split()
+    words = ["the", "cat", "sat", "on", "mat", "one", "two", "a", "day", "in", "life", "of", ".", "s"]
     vocabulary = {w: n for n, w in enumerate(["[UNK]", "[CLS]", *words, "##s", "##."])}
     backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -567,7 +567,7 @@ def test_templates_that_lose_a_message_are_refused(byte_level_tokenizer: Any) ->
     templates = {
         "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}": "rewrites the content of message",
         "{% for m in messages %}{{ m['content'][:4] }}{% endfor %}": "message",
-        "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}": "drops or reorders",
+        "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}": "drops or reorders",
         "{% for m in messages | reverse %}{{ m['content'] }}|{% endfor %}": "message",
         "{{ raise_exception('no chats here') }}": "no chats here",
         "{{ messages[0]['content'] }}{% for m in messages %}{{ m['content'] }}{% endfor %}": "message",

@@ -115,11 +115,12 @@ class FusionDataset(Dataset):
         weights = choose({name: h.bits_per_byte() for name, h in heard.items()}, self.gate)
         teacher = np.full(len(at), -1, dtype=np.int64)
         parts: list[tuple[float, np.ndarray, Sparse]] = []
-        for number, source in enumerate(self.teachers):
-            if source.name in weights and source.matrix is not None:
-                rows, taught = _hear(heard[source.name], rendered.boundary[at], source.matrix, self.k)
-                parts.append((weights[source.name], rows, taught))
-                teacher[rows] = np.where(teacher[rows] < 0, number, teacher[rows])
+        speaking = [(n, t, t.matrix) for n, t in enumerate(self.teachers) if t.name in weights and t.matrix is not None]
+        k = self.k if len(speaking) < 2 else len(self.renderer.table)  # of several, the mean is cut and not its parts
+        for number, source, matrix in speaking:
+            rows, taught = _hear(heard[source.name], rendered.boundary[at], matrix, k)
+            parts.append((weights[source.name], rows, taught))
+            teacher[rows] = np.where(teacher[rows] < 0, number, teacher[rows])
         taught = _mix(parts, len(at), len(self.renderer.table), self.k)
         teacher[np.diff(taught.offsets) == 0] = -1
         return Example(rendered.ids, at, rendered.ids[at + 1].astype(np.int64), teacher, taught)

@@ -1,0 +1,356 @@
+"""The door: whatever the user can mend ends in status 2 and one line that names it, and nothing is left half written."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import tiny
+from fusion import cluster
+from fusion.artifact import MANIFEST, verify
+
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+Refused = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def made(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_llama: Any,
+    byte_level_tokenizer: PreTrainedTokenizerFast,
+    sentencepiece_tokenizer: PreTrainedTokenizerFast,
+) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        "pivot": tiny_llama(folder / "pivot", sentencepiece_tokenizer),
+        "a": tiny_llama(folder / "a", byte_level_tokenizer, seed=1),
+    }
+
+
+@pytest.fixture
+def tree(tmp_path: Path, made: dict[str, Path]) -> dict[str, Any]:
+    return tiny.tree(tmp_path, made["pivot"], {"a": made["a"]})
+
+
+@pytest.fixture(scope="module")
+def fuse() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("launch_fuse", tiny.ROOT / "launch" / "fuse.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(fuse: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """run(tree, *arguments): the program in this process, without a process group; its exit status."""
+    monkeypatch.setattr(cluster, "start", lambda: None)
+    monkeypatch.setattr(cluster, "stop", lambda: None)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+
+    def act(tree: dict[str, Any], *arguments: str) -> int:
+        config = tiny.write_config(tmp_path / "config.yaml", tree)
+        monkeypatch.setattr(sys, "argv", ["launch/fuse.py", "--config", str(config), *arguments])
+        return fuse.main()
+
+    return act
+
+
+@pytest.fixture
+def refused(run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """refused(tree, *arguments): the one line that the program ends with; what it left behind is whole."""
+
+    def act(tree: dict[str, Any], *arguments: str) -> str:
+        capsys.readouterr()
+        assert run(tree, *arguments) == 2
+        line = only_error(capsys.readouterr().err)
+        check_left_behind(tmp_path / "run")
+        return line
+
+    return act
+
+
+def only_error(stderr: str) -> str:
+    assert "Traceback" not in stderr
+    lines = [line for line in stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and stderr.count("error:") == 1, stderr
+    return lines[0].removeprefix("error: ")
+
+
+def check_left_behind(run: Path) -> None:
+    """Finished folders hold what their manifests say, others no file that another run would take for finished."""
+    assert not list(run.rglob("*.part"))
+    for folder in run.glob("*/*"):
+        if (folder / MANIFEST).exists():
+            verify(folder)
+        else:
+            assert folder.is_dir() and not [p for p in folder.rglob("*") if p.is_file()]
+
+
+def finished(run: Path) -> list[str]:
+    return sorted(path.parent.relative_to(run).as_posix().rpartition("-")[0] or "prepare" for path in run.glob("*/*/" + MANIFEST))
+
+
+def copied(folder: Path, source: Path) -> Path:
+    return Path(shutil.copytree(source, folder / f"copy-{source.name}"))
+
+
+# In a process of its own
+
+
+def program(*arguments: str, folder: Path = tiny.ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(tiny.ROOT / "launch/fuse.py"), *arguments]
+    return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+
+
+def test_help_shows_how() -> None:
+    done = program("--help")
+    assert done.returncode == 0 and done.stderr == ""
+    for word in ("--config FILE", "--set KEY=VALUE", "--only STAGE", "--from STAGE", "--plan", "examples:"):
+        assert word in done.stdout
+    examples = re.findall(r"launch/fuse.py --config (\S+)", done.stdout.partition("examples:")[2])
+    assert len(examples) == 3 and all((tiny.ROOT / path).is_file() for path in examples)
+
+
+@pytest.mark.parametrize("name", ["fusellm-7b", "fusechat-7b"])
+def test_the_plan_needs_neither_models_nor_data(name: str, tmp_path: Path) -> None:
+    done = program("--config", f"configs/{name}.yaml", "--plan", "--set", f"out={tmp_path / 'run'}")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    wanted = ["prepare", "capture/pivot", "align/mpt" if name == "fusellm-7b" else "align/qwen", "distill/control", "release"]
+    assert all(word in done.stdout for word in wanted)
+    assert "device hours" in done.stdout and "sizes not known" not in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_real_run_that_fails_says_one_line(tmp_path: Path, tree: dict[str, Any]) -> None:
+    """With the process group, from another folder, through two stages."""
+    tree["sources"][0]["model"] = str(unmappable(tmp_path, Path(tree["sources"][0]["model"])))
+    done = program("--config", str(tiny.write_config(tmp_path / "config.yaml", tree)), folder=tmp_path)
+    assert done.returncode == 2
+    assert only_error(done.stderr).startswith("a: cannot be mapped to bytes: its tokens for 'the cat sat on the mat' spell")
+    assert finished(tmp_path / "run") == ["prepare"]
+    check_left_behind(tmp_path / "run")
+
+
+# In this process
+
+
+def test_the_plan_of_models_that_are_here(
+    tree: dict[str, Any], run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tree, "--plan") == 0
+    said = capsys.readouterr()
+    assert said.err == "" and said.out.count("to do") == 8
+    assert not list((tmp_path / "run").glob("*/"))
+    assert run(tree, "--only", "prepare") == 0
+    capsys.readouterr()
+    assert run(tree, "--plan") == 0
+    assert re.search(r"prepare .* done", capsys.readouterr().out)
+
+
+def test_a_key_that_nobody_knows(tree: dict[str, Any], refused: Refused, tmp_path: Path) -> None:
+    tree["distill"]["epoch"] = 3
+    assert refused(tree) == f"{tmp_path / 'config.yaml'}: distill.epoch: unknown key; did you mean epochs?"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_value_out_of_range_on_the_command_line(tree: dict[str, Any], refused: Refused, tmp_path: Path) -> None:
+    line = refused(tree, "--set", "distill.label_weight=2")
+    wanted = "distill.label_weight: 2 will not do: input should be less than or equal to 1"
+    assert line == f"{tmp_path / 'config.yaml'}: {wanted}"
+    assert refused(tree, "--set", "distill.label_weight").startswith("--set distill.label_weight: write key=value")
+
+
+def test_a_config_that_is_not_there(
+    fuse: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["launch/fuse.py", "--config", "none.yaml"])
+    assert fuse.main() == 2
+    line = "none.yaml: cannot be read (No such file or directory); give --config an existing YAML file"
+    assert only_error(capsys.readouterr().err) == line
+
+
+@pytest.mark.parametrize("arguments", [[], ["--config", "x", "--only", "bake"], ["--config", "x", "--wat"]])
+def test_a_command_line_that_is_none(
+    fuse: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["launch/fuse.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        fuse.main()
+    assert stopped.value.code == 2 and "launch/fuse.py: error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_model_without_safetensors(tree: dict[str, Any], refused: Refused, tmp_path: Path, pickled: bool) -> None:
+    model = copied(tmp_path, Path(tree["sources"][0]["model"]))
+    (model / "model.safetensors").unlink()
+    if pickled:
+        (model / "pytorch_model.bin").write_bytes(b"\x80")
+    tree["sources"][0]["model"] = str(model)
+    instead = "only pickled weights, which are not read; convert them with save_pretrained" if pickled else "no weights"
+    for arguments in ((), ("--plan",)):
+        assert refused(tree, *arguments) == f"sources.0.model: {model} has {instead} (*.safetensors)"
+    assert finished(tmp_path / "run") == []
+
+
+def test_a_model_that_is_nowhere(tree: dict[str, Any], refused: Refused, tmp_path: Path) -> None:
+    tree["pivot"]["model"] = str(tmp_path / "none")
+    line = f"pivot.model: {tmp_path / 'none'} is no folder here and no hub id (owner/name)"
+    assert refused(tree) == line
+
+
+def test_a_model_whose_weights_are_cut_short(tree: dict[str, Any], refused: Refused, tmp_path: Path) -> None:
+    model = copied(tmp_path, Path(tree["sources"][0]["model"]))
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    tree["sources"][0]["model"] = str(model)
+    assert refused(tree).startswith(f"a: {model} does not load as a causal language model: ")
+    assert refused(tree, "--plan").startswith(f"{weights}: is damaged")
+
+
+def unmappable(folder: Path, source: Path) -> Path:
+    """A copy of a model with a tokenizer that spells nothing."""
+    model = copied(folder, source)
+    backend = Tokenizer(models.WordLevel({"[UNK]": 0, "cat": 1}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]").save_pretrained(model)
+    return model
+
+
+def test_a_folder_without_a_tokenizer(tree: dict[str, Any], refused: Refused, tmp_path: Path) -> None:
+    model = copied(tmp_path, Path(tree["sources"][0]["model"]))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).unlink()
+    tree["sources"][0]["model"] = str(model)
+    assert refused(tree).startswith("a: ") and finished(tmp_path / "run") == ["prepare"]
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ("", "prepare.data.0.data: {path} has no rows"),
+        ('{"text": "a"}\n{"body": "b"}\n', "{path}:2: has neither `text` nor `messages`; its keys are body"),
+        ('{"text": "a"}\n{"text": \n', "{path}:2: is not JSON (Expecting value); one object a line"),
+        ('{"text": "\\ud800"}\n', "{path}:1: is not valid Unicode (lone surrogate at character 0)"),
+        (None, "prepare.data.0.data: {path} does not exist; give a .jsonl or .parquet file, a folder or a hub id"),
+    ],
+)
+def test_a_dataset_that_cannot_be_read(
+    tree: dict[str, Any], refused: Refused, tmp_path: Path, content: str | None, line: str
+) -> None:
+    path = tmp_path / "train.jsonl"
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    assert refused(tree) == line.format(path=path)
+    assert finished(tmp_path / "run") == []
+
+
+def test_a_stage_that_needs_another(tree: dict[str, Any], refused: Refused) -> None:
+    hint = "is not finished and a stage that was asked for reads it; leave away --only or --from"
+    assert refused(tree, "--only", "align") == f"prepare {hint}"
+    assert refused(tree, "--from", "merge") == f"prepare {hint}"
+
+
+def test_caches_of_other_makers(
+    tree: dict[str, Any], run: Callable[..., int], refused: Refused, tmp_path: Path, made: dict[str, Path]
+) -> None:
+    assert run(tree, "--only", "prepare", "capture") == 0
+    assert finished(tmp_path / "run") == ["capture/a", "capture/pivot", "prepare"]
+    (captured,) = (tmp_path / "run" / "capture").glob("a-*")
+    # another tokenizer's
+    tree["sources"] = [{"name": "c", "model": str(made["pivot"]), "cache": str(captured), "dtype": "float32"}]
+    line = refused(tree, "--only", "align")
+    assert line == f"c: the cache {captured} was made by {made['a']}, whose tokenizer is not c's; capture it again"
+    # of other samples: nothing to learn from it
+    tiny.write_lines(tmp_path / "train.jsonl", ({"text": text} for text in tiny.texts(20, seed=9)))
+    tree["sources"] = [{"name": "c", "model": str(made["a"]), "cache": str(captured), "dtype": "float32"}]
+    line = refused(tree, "--only", "prepare", "capture", "align")
+    assert line == f"c: its cache {captured} has none of these samples; capture it again"
+    # damaged
+    shard = captured / "shard-000002.parquet"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    manifest = json.loads((captured / MANIFEST).read_text())
+    assert manifest["files"][shard.name]["bytes"] == len(content)
+    with pytest.raises(ValueError, match="fails its checksum"):
+        verify(captured)
+    tree["out"] = str(tmp_path / "other")
+    hint = f"remove {captured} and run the capture stage again"
+    shutil.rmtree(tmp_path / "run" / "align")
+    kept = shutil.move(captured, tmp_path / "kept")
+    tree["sources"][0]["cache"] = str(kept)
+    line = refused(tree, "--only", "prepare", "capture", "align")
+    assert line == f"{tmp_path / 'kept' / shard.name}: fails its checksum; {hint.replace(str(captured), str(kept))}"
+    # no cache at all
+    tree["sources"][0]["cache"] = str(tmp_path)
+    assert refused(tree) == f"{tmp_path}: has no manifest.json: it is not a finished stage folder; run its stage first"
+
+
+def test_two_runs_do_not_write_to_one_folder(
+    tree: dict[str, Any], refused: Refused, fuse: ModuleType, tmp_path: Path
+) -> None:
+    with fuse._lock(tmp_path / "run"):
+        line = f"out: another run is writing to {tmp_path / 'run'}; wait for it, or give this one another `out`"
+        assert refused(tree) == line
+    assert refused(tree, "--from", "merge").startswith("prepare is not finished")
+
+
+def test_an_out_that_is_a_file(tree: dict[str, Any], refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file")
+    assert str(tmp_path / "run") in refused(tree)
+    assert (tmp_path / "run").read_text() == "a file"
+
+
+def test_a_full_disk_is_said_in_words(fuse: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fuse._fail(OSError(28, "No space left on device", "/data/run")) == 2
+    line = only_error(capsys.readouterr().err)
+    assert line == "no space left on the disk of /data/run; finished work is kept, free some and start again"
+
+
+def test_an_error_of_many_lines_is_one(fuse: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fuse._fail(ValueError("one\n  two\n\nthree")) == 2
+    assert capsys.readouterr().err == "error: one two three\n"
+
+
+def test_a_sample_longer_than_a_context(
+    tree: dict[str, Any], refused: Refused, run: Callable[..., int], tmp_path: Path
+) -> None:
+    model = copied(tmp_path, Path(tree["sources"][0]["model"]))
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 8}))
+    tree["sources"][0]["model"] = str(model)
+    line = refused(tree, "--only", "prepare", "capture")
+    assert re.fullmatch(
+        r"a: sample [0-9a-f]{16} has \d+ tokens and the context is 8; "
+        "lower prepare.max_bytes or set capture.too_long: skip",
+        line,
+    )
+    assert finished(tmp_path / "run") == ["prepare"]
+
+
+def test_weights_that_are_not_numbers(tree: dict[str, Any], refused: Refused, tmp_path: Path) -> None:
+    import torch
+
+    model = copied(tmp_path, Path(tree["sources"][0]["model"]))
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        loaded.lm_head.weight[7, 3] = float("nan")
+    loaded.save_pretrained(model)
+    tree["sources"][0]["model"] = str(model)
+    line = refused(tree, "--only", "prepare", "capture")
+    assert re.fullmatch(
+        r"a: logits are not finite on sample [0-9a-f]{16}, position 0; try dtype: float32 for this source", line
+    )
