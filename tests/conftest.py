@@ -43,7 +43,8 @@ def _loaded(folder: Path, backend: Tokenizer, **special: str) -> PreTrainedToken
     PreTrainedTokenizerFast(
         tokenizer_object=backend, model_max_length=256, clean_up_tokenization_spaces=False, **special
     ).save_pretrained(folder)
-    loaded: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(folder)
+    loaded = AutoTokenizer.from_pretrained(folder)
+    assert isinstance(loaded, PreTrainedTokenizerFast)
     return loaded
 
 

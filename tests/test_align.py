@@ -63,9 +63,12 @@ def test_shared_by_hand(source: list[int], target: list[int], at_source: list[in
     assert (i.tolist(), j.tolist()) == (at_source, at_target)
 
 
-PLACES = st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=25).map(
-    lambda steps: np.where([k for _, k in steps], np.cumsum([s for s, _ in steps], dtype=np.int64), -1)
-)
+def climb(steps: list[tuple[int, bool]]) -> np.ndarray:
+    """Places that go up by some steps, known or not."""
+    return np.where([known for _, known in steps], np.cumsum([s for s, _ in steps], dtype=np.int64), -1)
+
+
+PLACES = st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=25).map(climb)
 
 
 @settings(max_examples=200)
@@ -125,7 +128,7 @@ def test_statistics_against_dense_counts() -> None:
     for width in (1, 3, 40):
         expected = np.zeros(counts.shape)
         for row in range(30):
-            order = sorted(range(40), key=lambda c, r=counts[row]: (-r[c], c))[:width]
+            order = np.lexsort((np.arange(40), -counts[row]))[:width]
             expected[row, order] = counts[row, order] / max(counts[row].sum(), 1)
         assert np.array_equal(vocabulary.statistics(csr_array(counts), hard=False, width=width).toarray(), expected)
 

@@ -121,9 +121,7 @@ def test_places_of_a_text_are_its_bytes(
 
 
 def test_batches_do_not_matter(tmp_path: Path, prepared: Path, source: Path) -> None:
-    caches = [
-        Cache(capture(tmp_path / str(n), source, prepared, batch_tokens=n)[0].folder) for n in (1, 90, 100_000)
-    ]
+    caches = [Cache(capture(tmp_path / str(n), source, prepared, batch_tokens=n)[0].folder) for n in (1, 90, 100_000)]
     for sample in Corpus(prepared, "train"):
         first, *others = [cache.get(sample.id) for cache in caches]
         assert first is not None

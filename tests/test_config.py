@@ -64,10 +64,16 @@ def refusal(path: Path, *overrides: str) -> str:
         ("sources.0.name=b", "sources: the name 'b' is taken; give each source a `name` of its own"),
         ("sources.0={model: q}", "sources: the name 'pivot' is taken; give each source a `name` of its own"),
         ("name=../x", "name: '../x' will not do: string should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]*$'"),
-        ("prepare.data.0.where={split: 1}", "prepare.data.0.where.split: 1 will not do: input should be a valid string"),
+        (
+            "prepare.data.0.where={split: 1}",
+            "prepare.data.0.where.split: 1 will not do: input should be a valid string",
+        ),
         ("prepare.heldout_share=1.0", "prepare.heldout_share: 1.0 will not do: input should be less than 1"),
         ("merge.parameters={tau: []}", None),
-        ("merge.parameters={tau: {a: 1}}", "merge.parameters.tau: {'a': 1} will not do: input should be a valid number"),
+        (
+            "merge.parameters={tau: {a: 1}}",
+            "merge.parameters.tau: {'a': 1} will not do: input should be a valid number",
+        ),
         ("distill={k: 0, per_rank: 0}", "distill.k: 0 will not do: input should be greater than 0 (and 1 more)"),
     ],
 )
@@ -219,6 +225,10 @@ def test_the_configs_that_come_along_load(path: Path) -> None:
 
 def test_the_papers_settings() -> None:
     fusellm, fusechat = (load(ROOT / f"configs/{name}.yaml") for name in ("fusellm-7b", "fusechat-7b"))
-    assert (fusellm.distill.topology, fusellm.distill.label_weight, fusellm.distill.learning_rate) == ("joint", 0.9, 1e-5)
+    assert (fusellm.distill.topology, fusellm.distill.label_weight, fusellm.distill.learning_rate) == (
+        "joint",
+        0.9,
+        1e-5,
+    )
     assert (fusechat.distill.topology, fusechat.merge.method, len(fusechat.sources)) == ("pairwise", "sce", 5)
     assert [m.name for m in fusechat.sources if m.trust_remote_code] == ["internlm2"]

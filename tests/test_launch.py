@@ -1,6 +1,7 @@
 """The door: whatever the user can mend ends in status 2 and one line that names it, and nothing is left half written."""
 
 import importlib.util
+import io
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import tiny
-from fusion import cluster
+from fusion import cluster, tracking
 from fusion.artifact import MANIFEST, verify
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
@@ -99,7 +100,9 @@ def check_left_behind(run: Path) -> None:
 
 
 def finished(run: Path) -> list[str]:
-    return sorted(path.parent.relative_to(run).as_posix().rpartition("-")[0] or "prepare" for path in run.glob("*/*/" + MANIFEST))
+    return sorted(
+        path.parent.relative_to(run).as_posix().rpartition("-")[0] or "prepare" for path in run.glob("*/*/" + MANIFEST)
+    )
 
 
 def copied(folder: Path, source: Path) -> Path:
@@ -127,36 +130,44 @@ def test_help_shows_how() -> None:
 def test_the_plan_needs_neither_models_nor_data(name: str, tmp_path: Path) -> None:
     done = program("--config", f"configs/{name}.yaml", "--plan", "--set", f"out={tmp_path / 'run'}")
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    wanted = ["prepare", "capture/pivot", "align/mpt" if name == "fusellm-7b" else "align/qwen", "distill/control", "release"]
+    wanted = [
+        "prepare",
+        "capture/pivot",
+        "align/mpt" if name == "fusellm-7b" else "align/qwen",
+        "distill/control",
+        "release",
+    ]
     assert all(word in done.stdout for word in wanted)
     assert "device hours" in done.stdout and "sizes not known" not in done.stdout
     assert not (tmp_path / "run").exists()
 
 
-def test_a_real_run_that_fails_says_one_line(tmp_path: Path, tree: dict[str, Any]) -> None:
-    """With the process group, from another folder, through two stages."""
-    tree["sources"][0]["model"] = str(unmappable(tmp_path, Path(tree["sources"][0]["model"])))
-    done = program("--config", str(tiny.write_config(tmp_path / "config.yaml", tree)), folder=tmp_path)
-    assert done.returncode == 2
-    assert only_error(done.stderr).startswith("a: cannot be mapped to bytes: its tokens for 'the cat sat on the mat' spell")
-    assert finished(tmp_path / "run") == ["prepare"]
-    check_left_behind(tmp_path / "run")
+def test_a_mistake_is_status_2_and_one_line(tmp_path: Path, tree: dict[str, Any]) -> None:
+    config = tiny.write_config(tmp_path / "config.yaml", {**tree, "wombat": 1})
+    done = program("--config", str(config))
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
+    assert only_error(done.stderr).startswith(f"{config}: wombat: unknown key; known here: name, pivot, ")
+    (Path(tree["out"]) / "model").mkdir(parents=True)
+    tree["pivot"]["model"] = str(Path(tree["out"]) / "model")
+    done = program("--config", str(tiny.write_config(config, tree)), "--plan")
+    line = f"pivot.model: {tree['pivot']['model']} has no config.json; give the folder of a Hugging Face model"
+    assert done.returncode == 2 and done.stderr == f"error: {line}\n"
 
 
 # In this process
 
 
 def test_the_plan_of_models_that_are_here(
-    tree: dict[str, Any], run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tree: dict[str, Any], run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    said = io.StringIO()
+    monkeypatch.setattr(tracking.console, "file", said)
     assert run(tree, "--plan") == 0
-    said = capsys.readouterr()
-    assert said.err == "" and said.out.count("to do") == 8
-    assert not list((tmp_path / "run").glob("*/"))
+    assert said.getvalue().count("to do") == 8 and not list((tmp_path / "run").glob("*/"))
     assert run(tree, "--only", "prepare") == 0
-    capsys.readouterr()
+    said.truncate(0)
     assert run(tree, "--plan") == 0
-    assert re.search(r"prepare .* done", capsys.readouterr().out)
+    assert re.search(r"prepare .* done", said.getvalue()) and said.getvalue().count("to do") == 7
 
 
 def test_a_key_that_nobody_knows(tree: dict[str, Any], refused: Refused, tmp_path: Path) -> None:
@@ -226,6 +237,13 @@ def unmappable(folder: Path, source: Path) -> Path:
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]").save_pretrained(model)
     return model
+
+
+def test_a_tokenizer_that_spells_nothing(tree: dict[str, Any], refused: Refused, tmp_path: Path) -> None:
+    tree["sources"][0]["model"] = str(unmappable(tmp_path, Path(tree["sources"][0]["model"])))
+    line = refused(tree)
+    assert line == "a: cannot be mapped to bytes: its tokens for 'the cat sat on the mat' spell 'cat'"
+    assert finished(tmp_path / "run") == ["prepare"]
 
 
 def test_a_folder_without_a_tokenizer(tree: dict[str, Any], refused: Refused, tmp_path: Path) -> None:

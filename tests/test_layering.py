@@ -15,7 +15,9 @@ from tiny import ROOT
 
 PACKAGES = ("fusion", "data_prep", "launch")
 ROOMS = ("align", "capture", "distill", "merge", "release")
-SHARED = [f"fusion.{name}" for name in ("records", "cluster", "artifact", "config", "tracking", "hub", "corpus", "tokens")]
+SHARED = [
+    f"fusion.{name}" for name in ("records", "cluster", "artifact", "config", "tracking", "hub", "corpus", "tokens")
+]
 # who → whom it may know; `package` stands for all within it, and whoever has no line of its own has its package's
 MAY_KNOW = {
     "fusion": [],
@@ -145,9 +147,21 @@ def test_nothing_imports_in_a_circle() -> None:
 
 def test_mathematics_is_pure() -> None:
     """Files of mathematics read and write nothing and know no rank and no config."""
-    pure = ["align.spans", "align.project", "capture.sample", "distill.loss", "distill.gate", "tokens.place", "tokens.batch"]
+    pure = [
+        "align.spans",
+        "align.project",
+        "capture.sample",
+        "distill.loss",
+        "distill.gate",
+        "tokens.place",
+        "tokens.batch",
+    ]
     for module in [f"fusion.{name}" for name in pure] + [m for m in MODULES if m.startswith("fusion.merge.methods.")]:
         known = set(imports(tree_of(MODULES[module])))
         assert not known & {"fusion.cluster", "fusion.config", "fusion.tracking", "fusion.artifact", "pathlib", "os"}
-        called = {n.func.id for n in ast.walk(tree_of(MODULES[module])) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+        called = {
+            n.func.id
+            for n in ast.walk(tree_of(MODULES[module]))
+            if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+        }
         assert "open" not in called

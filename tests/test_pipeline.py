@@ -183,9 +183,7 @@ def test_a_changed_file_of_a_source_makes_its_work_anew(
     assert keys(tmp_path, tree) == before
 
 
-def test_a_changed_pivot_leaves_other_captures(
-    tmp_path: Path, tree: dict[str, Any], models: dict[str, Path]
-) -> None:
+def test_a_changed_pivot_leaves_other_captures(tmp_path: Path, tree: dict[str, Any], models: dict[str, Path]) -> None:
     model = copied(tmp_path, models, "pivot")
     tree["pivot"]["model"] = str(model)
     before = keys(tmp_path, tree)
@@ -207,9 +205,7 @@ def test_a_changed_dataset_makes_everything_anew(tmp_path: Path, tree: dict[str,
     assert all(before[t] != after[t] for t in TASKS)
 
 
-def test_where_a_model_is_does_not_matter(
-    tmp_path: Path, tree: dict[str, Any], models: dict[str, Path]
-) -> None:
+def test_where_a_model_is_does_not_matter(tmp_path: Path, tree: dict[str, Any], models: dict[str, Path]) -> None:
     before = keys(tmp_path, tree)
     tree["sources"][0]["model"] = str(copied(tmp_path, models, "a"))
     assert keys(tmp_path, tree) == before
@@ -401,9 +397,7 @@ def test_a_damaged_input_is_refused_before_it_is_read(tmp_path: Path, tree: dict
         ("distill.deepspeed=EMPTY/list.json", "distill.deepspeed: EMPTY/list.json cannot be read as JSON ("),
     ],
 )
-def test_what_is_missing_is_named_by_its_key(
-    tmp_path: Path, tree: dict[str, Any], override: str, line: str
-) -> None:
+def test_what_is_missing_is_named_by_its_key(tmp_path: Path, tree: dict[str, Any], override: str, line: str) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "list.json").write_text("[1, 2]")

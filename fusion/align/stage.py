@@ -58,11 +58,11 @@ def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, 
 
     def write() -> dict[str, Any]:
         counts = csr_array(sum((part[0] for part in parts), csr_array(shape, dtype=np.int64)))
-        matrix = make_map(config.align, reads, learns, counts)
-        vocabulary.save(out.folder / "map.safetensors", matrix)
         taught, wanted = sum(p[1] for p in parts), sum(p[2] for p in parts)
         if not taught:
             raise ValueError(f"{source.name}: its cache {inputs['cache']} has none of these samples; capture it again")
+        matrix = make_map(config.align, reads, learns, counts)
+        vocabulary.save(out.folder / "map.safetensors", matrix)
         return _facts(matrix, counts, taught, wanted, cache, learns.table.digest)
 
     return cluster.on_main(write)

@@ -54,8 +54,9 @@ def place(table: ByteTable, ids: list[int], offsets: Sequence[tuple[int, int]], 
         return Tokens([], np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
     spelled, raw = table.join(ids), text.encode()
     ends = np.cumsum(table.lengths[ids])
+    known = table.lengths[ids].all()  # an unknown token may stand for white space: that is not swallowed but lost
     for seen in dict.fromkeys((raw, raw.lstrip(), raw.rstrip(), raw.strip())):
-        if spelled in (seen, b" " + seen):
+        if known and spelled in (seen, b" " + seen):
             lead = (len(raw) - len(raw.lstrip())) if not raw.startswith(seen) else 0
             ends = ends + (lead - (len(spelled) - len(seen)))
             starts = np.concatenate([[lead], ends[:-1]])
