@@ -22,6 +22,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@echo "compiling DeepSpeed's CPU part (under a minute)"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -c "from fusion import cluster; cluster.start(); cluster.stop()" >/dev/null
 	@touch $@
 
 demo: install

@@ -1,6 +1,7 @@
 """Ranks: who am I, which share of the work is mine, and where all meet. `deepspeed` is imported here alone."""
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -49,6 +50,8 @@ def start() -> None:
         torch.cuda.set_device(local_rank())
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # told, DeepSpeed does not guess and warn
+        if os.access(sys.prefix, os.W_OK):  # its CPU op is compiled once for this environment, not again for each
+            os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
+from tiny import ROOT
 
 from fusion.config import Config, Dataset, Model, load
-from tiny import ROOT
 
 BASE = """
 name: small

@@ -1,4 +1,4 @@
-"""The door: whatever the user can mend ends in status 2 and one line that names it, and nothing is left half written."""
+"""The door: whatever the user can mend ends in status 2 and one line that names it; nothing is left half written."""
 
 import importlib.util
 import io
@@ -14,10 +14,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-import tiny
 from fusion import cluster, tracking
 from fusion.artifact import MANIFEST, verify
 

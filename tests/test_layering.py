@@ -9,9 +9,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from tiny import ROOT
 
 from fusion import pipeline
-from tiny import ROOT
 
 PACKAGES = ("fusion", "data_prep", "launch")
 ROOMS = ("align", "capture", "distill", "merge", "release")
@@ -84,7 +84,7 @@ def line_of(module: str) -> list[str]:
 
 def test_the_walk_sees_what_it_should() -> None:
     assert len(FILES) > 40 and {"fusion", "fusion.merge.methods.sce", "launch.fuse"} <= set(MODULES)
-    code = "def f():\n from fusion import hub, cluster as c\n import fusion.align.spans\n from fusion.config import Config\n"
+    code = "def f():\n from fusion import hub, cluster\n import fusion.align.spans\n from fusion.config import Config\n"
     assert list(imports(ast.parse(code))) == ["fusion.hub", "fusion.cluster", "fusion.align.spans", "fusion.config"]
     assert "fusion.capture.cache" in list(imports(tree_of(MODULES["fusion.distill.dataset"])))
 
@@ -129,8 +129,13 @@ def test_heavy_libraries_have_one_home_and_come_late(library: str, home: str) ->
     assert library not in [name.partition(".")[0] for node in at_top for name in imports(node)]
 
 
-@pytest.mark.parametrize("module", ["fusion.records", "fusion.config", "fusion.artifact", "fusion.cluster", "fusion.hub",
-                                    "fusion.pipeline", "fusion.costs", "fusion.tracking", "launch.fuse"])  # fmt: skip
+@pytest.mark.parametrize(
+    "module",
+    [
+        *(f"fusion.{n}" for n in ["records", "config", "artifact", "cluster", "hub", "pipeline", "costs", "tracking"]),
+        "launch.fuse",
+    ],
+)
 def test_the_plan_needs_no_torch(module: str) -> None:
     at_top = [node for node in tree_of(MODULES[module]).body if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {name.partition(".")[0] for node in at_top for name in imports(node)}

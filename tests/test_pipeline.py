@@ -7,9 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny
 from transformers import PreTrainedTokenizerFast
 
-import tiny
 from fusion import costs, pipeline
 from fusion.artifact import Artifact, read_manifest
 from fusion.config import Config
@@ -436,7 +436,12 @@ def test_hashes_are_remembered_until_the_file_changes(
     first = keys(tmp_path, tree)
     read: list[str] = []
     digest = pipeline.hub.file_digest
-    monkeypatch.setattr(pipeline.hub, "file_digest", lambda path: read.append(path.name) or digest(path))
+
+    def watched(path: Path) -> str:
+        read.append(path.name)
+        return digest(path)
+
+    monkeypatch.setattr(pipeline.hub, "file_digest", watched)
     assert keys(tmp_path, tree) == first and read == []
     (tmp_path / "train.jsonl").touch()
     assert keys(tmp_path, tree) == first and read == ["train.jsonl"]

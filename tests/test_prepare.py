@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import artifact, samples, texts, write_lines
 
 from data_prep import stage
 from data_prep.samples import cut, fraction, matches, read_rows, to_sample, unique
 from fusion.config import Config, Dataset, Model, Prepare
 from fusion.corpus import Corpus, write_samples
 from fusion.records import Message, Sample, sample_id
-from tiny import artifact, samples, texts, write_lines
 
 CHAT = [
     {"role": "user", "content": "How many?"},

@@ -1,4 +1,4 @@
-"""What several tests write on the spot: JSON lines, samples of plain words, a config with two sources, stage folders."""
+"""What several tests write on the spot: JSON lines, samples of plain words, a config, stage folders."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -14,7 +14,24 @@ from fusion.config import Config
 from fusion.records import Sample, sample_id
 
 ROOT = Path(__file__).parents[1]
-_WORDS = "the cat sat on a mat and two dogs went by one day in life of them all with 12 apples for tea".split()
+_WORDS = (
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "two",
+    "dogs",
+    "went",
+    "by",
+    "one",
+    "day",
+    "12",
+    "apples",
+    "tea",
+)
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
