@@ -2,11 +2,14 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+_LONGEST_COMPILE_S = 900
 
 
 def rank() -> int:
@@ -52,6 +55,7 @@ def start() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # told, DeepSpeed does not guess and warn
         if os.access(sys.prefix, os.W_OK):  # its CPU op is compiled once for this environment, not again for each
             os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
+        _drop_stale_locks()
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
@@ -121,6 +125,15 @@ def gather(value: T) -> list[T]:
     boxes: list[Any] = [None] * world()
     torch.distributed.all_gather_object(boxes, value)
     return boxes
+
+
+def _drop_stale_locks() -> None:
+    """Remove locks left by a process that was killed while it compiled: whoever comes later would wait for ever."""
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+    for lock in folder.glob("**/lock"):
+        with suppress(FileNotFoundError):  # another rank was first
+            if time.time() - lock.stat().st_mtime > _LONGEST_COMPILE_S:
+                lock.unlink()
 
 
 def _free_port() -> int:

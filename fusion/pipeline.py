@@ -67,6 +67,10 @@ def run(config: Config, only: Sequence[str] = (), start: str | None = None) -> N
         for s in STAGES
         if (not only or s in only) and (start is None or list(STAGES).index(s) >= list(STAGES).index(start))
     ]
+    pending = cluster.on_main(lambda: {t.out.stage for t in tasks if not t.out.done()})
+    for name in wanted:
+        if name in pending and hasattr(stage(name), "check"):  # better now than hours from now
+            stage(name).check(config)
     checked: set[Path] = set()
     for task in tasks:
         if cluster.on_main(task.out.done):

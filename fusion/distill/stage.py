@@ -17,6 +17,17 @@ from fusion.tokens.render import Renderer
 from fusion.tracking import Tracker
 
 
+def check(config: Config) -> None:
+    """Refuse, before anything runs, a batch size that the ranks cannot share.
+
+    Raises:
+        ValueError: see `trainer.share_batch`.
+    """
+    from fusion.distill.trainer import share_batch
+
+    share_batch(config.distill)
+
+
 def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, Any]:
     """Train the target `out.subject`; write it as a Hugging Face folder `model/`.
 

@@ -83,13 +83,23 @@ def release(trainer: "FusionTrainer") -> None:
         torch.cuda.empty_cache()
 
 
-def _arguments(settings: Distill, seed: int, work: Path, every: int) -> TrainingArguments:
+def share_batch(settings: Distill) -> tuple[int, int]:
+    """Samples that a rank reads at once, and how many times it does so in a step.
+
+    Raises:
+        ValueError: `batch_size` cannot be divided so.
+    """
     per_rank = min(settings.per_rank, max(1, settings.batch_size // cluster.world()))
     if settings.batch_size % (per_rank * cluster.world()):
         raise ValueError(
             f"distill.batch_size: {settings.batch_size} will not do: with distill.per_rank {per_rank} "
             f"on {cluster.world()} ranks it must be a multiple of {per_rank * cluster.world()}"
         )
+    return per_rank, settings.batch_size // (per_rank * cluster.world())
+
+
+def _arguments(settings: Distill, seed: int, work: Path, every: int) -> TrainingArguments:
+    per_rank, accumulated = share_batch(settings)
     if not Path(settings.deepspeed).is_file():
         raise ValueError(
             f"distill.deepspeed: {settings.deepspeed} is no file; configs/deepspeed holds zero0, zero2 and zero3.json"
@@ -100,7 +110,7 @@ def _arguments(settings: Distill, seed: int, work: Path, every: int) -> Training
         data_seed=seed,
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=per_rank,
-        gradient_accumulation_steps=settings.batch_size // (per_rank * cluster.world()),
+        gradient_accumulation_steps=accumulated,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=settings.warmup_share,

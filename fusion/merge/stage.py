@@ -9,6 +9,7 @@ from fusion import cluster, tracking
 from fusion.artifact import Artifact
 from fusion.config import Config
 from fusion.merge.engine import TensorReport, merge, plan
+from fusion.merge.methods import get_method
 from fusion.merge.recipe import MergeRecipe
 
 
@@ -16,6 +17,16 @@ def recipe(config: Config, inputs: Mapping[str, Path]) -> MergeRecipe:
     """What the config asks for; `inputs` holds `pivot` and `target/NAME` for each target."""
     models = tuple(str(path / "model") for name, path in inputs.items() if name.startswith("target/"))
     return MergeRecipe(config.merge.method, str(inputs["pivot"]), models, config.merge.parameters, config.merge.dtype)
+
+
+def check(config: Config) -> None:
+    """Refuse, before anything runs, a method or parameters that the merge would refuse at the end.
+
+    Raises:
+        ValueError: an unknown method or parameter, or a value out of range.
+    """
+    targets = 1 if config.distill.topology == "joint" else len(config.sources)
+    get_method(config.merge.method).check(config.merge.parameters, targets)
 
 
 def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, Any]:
