@@ -95,7 +95,8 @@ class Sparse:
     Attributes:
         offsets: int64 (n + 1,), row i is the slice offsets[i]:offsets[i + 1] of the two arrays below.
         ids: int32 (m,), token ids, distinct within a row.
-        probs: float32 (m,), their probabilities; a row sums to at most 1 and what it lacks is mass not kept.
+        probs: float32 (m,), their probabilities; a row sums to at most 1, but for rounding, and what it lacks is
+            mass not kept.
     """
 
     offsets: np.ndarray

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch.autograd.function import once_differentiable
 
 MissingMass = Literal["ghost", "drop", "renormalise"]
 
@@ -70,6 +71,7 @@ class _SparseCrossEntropy(torch.autograd.Function):
         return (share * label_loss + (1 - share) * fusion_loss).sum(), label_loss, fusion_loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_loss: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
         d_hidden, d_weight, d_bias = ctx.saved_tensors
         return (
