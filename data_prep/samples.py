@@ -50,12 +50,21 @@ def _with_datasets(dataset: Dataset, path: Path, key: str) -> Iterator[tuple[str
         how = {"path": str(path) if path.exists() else dataset.data, "name": dataset.subset, "split": dataset.split}
     else:
         raise ValueError(f"{key}: {dataset.data} does not exist; give a .jsonl or .parquet file, a folder or a hub id")
+    number = 0
     try:
-        rows = load_dataset(**how)
+        rows = iter(load_dataset(**how))
     except Exception as error:  # datasets raises its own, huggingface_hub's and pyarrow's errors alike
         raise ValueError(f"{key}: {dataset.data} cannot be loaded: {' '.join(str(error).split())[:160]}") from error
-    for number, row in enumerate(rows, 1):
-        yield f"{dataset.data} row {number}", dict(row)
+    while True:
+        number += 1
+        try:
+            row = dict(next(rows))
+        except StopIteration:
+            return
+        except Exception as error:
+            why = " ".join(str(error).split())[:160]
+            raise ValueError(f"{key}: {dataset.data} cannot be read at row {number}: {why}") from error
+        yield f"{dataset.data} row {number}", row
 
 
 def to_sample(row: dict, where: str, domain: str | None) -> Sample | None:

@@ -51,12 +51,15 @@ class _Split:
                     self.left_out["blank"] += 1
                     continue
                 part = self.part_of(sample, dataset)
-                if part is None or dataset.limit is not None and taken >= dataset.limit:
+                if part is None:
                     continue
                 taken += 1
                 yield from self._pieces(sample, part)
+                if taken == dataset.limit:
+                    break
             if not taken:
-                why = "has no rows" if not rows else f"none of its {rows} rows is left after `where` and blank ones"
+                left = "`where`, blank ones and prepare.train_share"
+                why = "has no rows" if not rows else f"has {rows} rows and none is left after {left}"
                 raise ValueError(f"prepare.data.{n}.data: {dataset.data} {why}")
 
     def _pieces(self, sample: Sample, part: str) -> Iterator[tuple[str, Sample]]:

@@ -44,7 +44,7 @@ class Dataset:
     split: str = "train"
     subset: str | None = None
     heldout: bool = False  # every row is for measuring, none for training
-    limit: Positive | None = None  # the first so many rows that are not blank
+    limit: Positive | None = None  # the first so many rows that are not left out
     where: dict[str, str] = field(default_factory=dict)  # keep rows whose column has this value
     megabytes: Annotated[float, Field(gt=0)] | None = None  # for --plan, while the data is not here
 
@@ -65,7 +65,7 @@ class Capture:
     """What is kept of each source's next-token distributions."""
 
     sampler: Literal["top_k"] = "top_k"
-    k: Positive = 32
+    k: Annotated[int, Field(gt=0, lt=65536)] = 32
     batch_tokens: Positive = 8192
     too_long: Literal["refuse", "skip"] = "refuse"  # a sample longer than the source's context
 
@@ -156,6 +156,10 @@ class Config:
     def __post_init__(self) -> None:
         if self.pivot.name != "pivot":
             raise ValueError(f"pivot.name: {self.pivot.name!r} will not do: the pivot is called pivot; leave it away")
+        if self.pivot.trust_remote_code:
+            raise ValueError(
+                "pivot.trust_remote_code: true will not do: what is released must load without code of its own"
+            )
         names = [s.name for s in self.sources]
         for name in names:
             if name in ("pivot", "control", "fused") or names.count(name) > 1:

@@ -12,13 +12,17 @@ from fusion.artifact import digest, file_digest, write_json
 from fusion.config import Model
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?\Z")
-_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 _TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
+    "tokenizer*",
     "special_tokens_map.json",
-    "chat_template.jinja",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.tiktoken",
+    "*.model",
+    "chat_template*",
+    "additional_chat_templates/*",
 )
 
 
@@ -34,13 +38,16 @@ def locate(model: Model, key: str, weights: bool = True) -> Path:
     """
     folder = Path(model.model).expanduser()
     if not folder.is_dir():
-        folder = _download(model.model, key, weights)
+        patterns = [*_PATTERNS, *(["*.py"] if model.trust_remote_code else [])]
+        folder = _download(model.model, key, [p for p in patterns if weights or p != "*.safetensors"])
     if not (folder / "config.json").is_file():
         raise ValueError(f"{key}: {model.model} has no config.json; give the folder of a Hugging Face model")
     if weights and not any(folder.glob("*.safetensors")):
         pickles = any(folder.glob("*.bin")) or any(folder.glob("*.pth"))
         instead = (
-            "only pickled weights, which are not read; convert them with save_pretrained" if pickles else "no weights"
+            "only pickled weights, which are not read; convert them with save_pretrained"
+            if pickles
+            else "no weights that are read; pickled ones are converted with save_pretrained"
         )
         raise ValueError(f"{key}: {model.model} has {instead} (*.safetensors)")
     index = folder / "model.safetensors.index.json"
@@ -55,13 +62,12 @@ def locate(model: Model, key: str, weights: bool = True) -> Path:
     return folder
 
 
-def _download(name: str, key: str, weights: bool) -> Path:
+def _download(name: str, key: str, patterns: list[str]) -> Path:
     if not _HUB_ID.match(name) or name.count("/") > 1:
         raise ValueError(f"{key}: {name} is no folder here and no hub id (owner/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = _PATTERNS if weights else [p for p in _PATTERNS if p != "*.safetensors"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
@@ -74,8 +80,8 @@ def fingerprint(folder: Path, memory: Path) -> dict[str, str]:
 
     Hashes are remembered in the JSON file `memory` by path, size and time of change: a large model is read once.
     """
-    tokenizer = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
-    weights = [*sorted(folder.glob("*.safetensors")), folder / "config.json"]
+    tokenizer = sorted(p for pattern in _TOKENIZER_FILES for p in folder.glob(pattern))
+    weights = [*sorted(folder.glob("*.safetensors")), folder / "config.json", *sorted(folder.glob("*.py"))]
     return {"tokenizer": _hash_all(tokenizer, memory), "weights": _hash_all(weights, memory)}
 
 

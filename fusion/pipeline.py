@@ -69,8 +69,8 @@ def run(config: Config, only: Sequence[str] = (), start: str | None = None) -> N
     ]
     pending = cluster.on_main(lambda: {t.out.stage for t in tasks if not t.out.done()})
     for name in wanted:
-        if name in pending and hasattr(stage(name), "check"):  # better now than hours from now
-            stage(name).check(config)
+        if name in pending and hasattr(stage(name), "check"):
+            stage(name).check(config)  # better now than hours from now
     checked: set[Path] = set()
     for task in tasks:
         if cluster.on_main(task.out.done):

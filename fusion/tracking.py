@@ -101,31 +101,44 @@ def progress(items: Iterable[T], title: str, total: int | None = None) -> Iterat
 
 
 class Tracker:
-    """Metrics of one run, to wandb and to memory. A failing tracker never stops a run: wandb's own threads see to that.
+    """Metrics of one run, to wandb. Made by all ranks together; rank 0 speaks.
 
-    Online needs an API key; `auto` is online where there is one and offline, written under the run's folder, where not.
+    Online needs an API key; `auto` is online where there is one and wandb answers, else offline, written under the
+    run's folder.
+
+    Raises:
+        ValueError: `online` was asked for and cannot be had.
     """
 
     def __init__(self, config: Config, group: str):
         self._run: Any = None
-        mode = config.tracking.wandb
-        if mode == "auto":
-            mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
-        if mode == "disabled" or not cluster.is_main():
+        cluster.on_main(lambda: self._begin(config, group))
+
+    def _begin(self, config: Config, group: str) -> None:
+        asked = config.tracking.wandb
+        if asked == "disabled":
             return
         import wandb
 
-        folder = Path(config.folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._run = wandb.init(
-            project=config.tracking.project,
-            name=f"{config.name}/{group}",
-            group=config.name,
-            dir=str(folder),
-            mode=mode,
-            reinit="create_new",
-            settings=wandb.Settings(silent=True, console="off"),
-        )
+        modes = {"auto": ["online", "offline"] if os.environ.get("WANDB_API_KEY") else ["offline"]}.get(asked, [asked])
+        Path(config.folder).mkdir(parents=True, exist_ok=True)
+        for mode in modes:
+            try:
+                self._run = wandb.init(
+                    project=config.tracking.project,
+                    name=f"{config.name}/{group}",
+                    group=config.name,
+                    dir=str(config.folder),
+                    mode=mode,  # type: ignore[arg-type]
+                    reinit="create_new",
+                    settings=wandb.Settings(silent=True, console="off"),
+                )
+                return
+            except wandb.errors.Error as error:
+                why = " ".join(str(error).split())[:160]
+                if mode == modes[-1]:
+                    raise ValueError(f"tracking.wandb: {asked} cannot be had: {why}; set offline or disabled") from None
+                say(f"wandb is not to be had online ({why}): offline")
 
     def log(self, values: Mapping[str, float], step: int | None = None) -> None:
         """Numbers at a step."""

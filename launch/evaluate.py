@@ -17,12 +17,12 @@ def main() -> int:
     arguments = _parse()
     try:
         rows = _measure(arguments)
+        if arguments.json:
+            Path(arguments.json).write_text(json.dumps(rows, indent=1) + "\n")
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     _show(rows)
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(rows, indent=1) + "\n")
     return 0
 
 
@@ -50,7 +50,12 @@ def _measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    models = [Model(m, dtype=arguments.dtype, template=arguments.template) for m in arguments.models]
+    if arguments.limit is not None and arguments.limit < 1:
+        raise ValueError(f"--limit: {arguments.limit} will not do; give 1 or more")
+    models = [
+        Model(m, name=f"model-{n}", dtype=arguments.dtype, template=arguments.template)
+        for n, m in enumerate(arguments.models, 1)
+    ]
     folders = [hub.locate(model, model.model) for model in models]
     samples = []
     for where, row in read_rows(Dataset(arguments.data, split=arguments.split), "--data"):

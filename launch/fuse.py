@@ -42,6 +42,8 @@ def main() -> int:
     except Exception as error:
         # torch and safetensors say a full disk in errors of their own
         if config is None or not (_is_full(config.folder) or os.strerror(errno.ENOSPC) in str(error)):
+            if os.environ.get("WORLD_SIZE", "1") != "1":
+                time.sleep(5)  # a rank that failed because another did must not be heard before that one
             raise
         return _fail(OSError(errno.ENOSPC, str(error), str(config.folder)))
     finally:

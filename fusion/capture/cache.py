@@ -69,12 +69,13 @@ class Cache:
             raise ValueError(
                 f"{name}: the cache {folder} was made by {made_by}, whose tokenizer is not {name}'s; capture it again"
             )
-        self._files = [pq.ParquetFile(p) for p in sorted(folder.glob("shard-*.parquet"))]
+        self._paths = sorted(folder.glob("shard-*.parquet"))
         self._where: dict[str, tuple[int, int, int]] = {}
-        for f, file in enumerate(self._files):
-            for group in range(file.num_row_groups):
-                for row, id in enumerate(file.read_row_group(group, columns=["id"])["id"].to_pylist()):
-                    self._where[id] = (f, group, row)
+        for f, path in enumerate(self._paths):  # opened one at a time: there can be more than a process may hold open
+            with pq.ParquetFile(path) as file:
+                for group in range(file.num_row_groups):
+                    for row, id in enumerate(file.read_row_group(group, columns=["id"])["id"].to_pylist()):
+                        self._where[id] = (f, group, row)
         self._decoded: OrderedDict[tuple[int, int], list[Heard]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -94,7 +95,8 @@ class Cache:
             return None
         group = self._decoded.get(where[:2])
         if group is None:
-            group = self._decoded[where[:2]] = _decode(self._files[where[0]].read_row_group(where[1]))
+            with pq.ParquetFile(self._paths[where[0]]) as file:
+                group = self._decoded[where[:2]] = _decode(file.read_row_group(where[1]))
             while len(self._decoded) > 64:
                 self._decoded.popitem(last=False)
         return group[where[2]]

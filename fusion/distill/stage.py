@@ -1,5 +1,6 @@
 """Distill: one target from the pivot, taught by one source (pairwise), all of them (joint) or none (control)."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,20 @@ from fusion.tracking import Tracker
 
 
 def check(config: Config) -> None:
-    """Refuse, before anything runs, a batch size that the ranks cannot share.
+    """Refuse, before anything runs, what would fail at the end of a training.
 
     Raises:
-        ValueError: see `trainer.share_batch`.
+        ValueError: a batch size that the ranks cannot share, or a DeepSpeed file that would save no weights.
     """
     from fusion.distill.trainer import share_batch
 
     share_batch(config.distill)
+    zero = json.loads(Path(config.distill.deepspeed).read_text()).get("zero_optimization", {})
+    if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+        raise ValueError(
+            f"distill.deepspeed: {config.distill.deepspeed} would save no whole weights; "
+            "set stage3_gather_16bit_weights_on_model_save: true under zero_optimization"
+        )
 
 
 def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, Any]:

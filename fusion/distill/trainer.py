@@ -1,6 +1,7 @@
 """`transformers.Trainer` with the sparse loss in place of logits, under DeepSpeed or alone."""
 
 import gc
+import json
 import math
 import resource
 import time
@@ -19,6 +20,8 @@ from fusion import cluster, tracking
 from fusion.config import Distill
 from fusion.distill.dataset import FusionDataset, collate
 from fusion.distill.loss import MissingMass, Targets, sparse_cross_entropy
+
+_LOGIT_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
 def train(
@@ -59,7 +62,7 @@ def train(
     trainer.remove_callback(PrinterCallback)
     trainer.begin(tracker, [t.name for t in dataset.teachers])
     start = time.monotonic()
-    trainer.train(resume_from_checkpoint=_last_checkpoint(work))
+    trainer.train(resume_from_checkpoint=_last_checkpoint(work, zero_stage(settings)))
     return trainer, {
         **trainer.summary(),
         "seconds": round(time.monotonic() - start, 1),
@@ -81,6 +84,12 @@ def release(trainer: "FusionTrainer") -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def zero_stage(settings: Distill) -> int:
+    """The ZeRO stage that the DeepSpeed file asks for."""
+    told = json.loads(Path(settings.deepspeed).read_text())
+    return int(told.get("zero_optimization", {}).get("stage", 0))
 
 
 def share_batch(settings: Distill) -> tuple[int, int]:
@@ -135,34 +144,39 @@ def _steps(samples: int, settings: Distill) -> int:
     return max(1, math.ceil(math.ceil(samples / settings.batch_size) * settings.epochs))
 
 
-def _last_checkpoint(work: Path) -> str | None:
+def _last_checkpoint(work: Path, zero: int) -> str | None:
     """The newest checkpoint that every rank wrote to its end.
 
     Raises:
-        ValueError: it is of another number of ranks, among which DeepSpeed has divided the optimizer's state.
+        ValueError: it is of another number of ranks or ZeRO stage, by which DeepSpeed divides the optimizer's state.
     """
-    world, told = cluster.world(), work / "ranks"
+    return cluster.on_main(lambda: _find_checkpoint(work, f"{cluster.world()} ranks, ZeRO-{zero}"))
+
+
+def _find_checkpoint(work: Path, layout: str) -> str | None:
+    told = work / "layout"
     states = [p.parent for p in work.glob("checkpoint-*/trainer_state.json")]  # which Trainer writes last
-    if told.exists() and states and told.read_text() != str(world):
+    if told.exists() and states and told.read_text() != layout:
         raise ValueError(
-            f"{work} holds checkpoints of {told.read_text()} ranks and this run has {world}; go on with as many, "
+            f"{work} holds checkpoints of {told.read_text()} and this run has {layout}; go on as it began, "
             "or remove that folder to begin this target again"
         )
-    if cluster.is_main():
-        work.mkdir(parents=True, exist_ok=True)
-        told.write_text(str(world))
-    whole = [p for p in states if len(list(p.glob("rng_state*.pth"))) == world]
+    work.mkdir(parents=True, exist_ok=True)
+    told.write_text(layout)
+    whole = [p for p in states if len(list(p.glob("rng_state*.pth"))) == cluster.world()]
     return str(max(whole, key=lambda p: int(p.name.rpartition("-")[2]))) if whole else None
 
 
 def _check_head(model: Any) -> None:
     """Refuse an architecture that does more to its logits than the output head (soft caps, scales)."""
-
     head = model.get_output_embeddings()
     if head is None or not hasattr(head, "weight") or model.base_model is model:
         raise ValueError(f"pivot: {type(model).__name__} has no plain output head; the fused loss needs one")
     if any(hasattr(p, "ds_id") for p in model.parameters()):
-        return  # sharded by ZeRO-3: the same class was checked when it was not; hooks need the engine to gather
+        scaled = [name for name in _LOGIT_SCALES if getattr(model.config, name, None) not in (None, 1)]
+        if scaled:  # sharded by ZeRO-3, it cannot be run before its engine is there: the config has to tell
+            raise ValueError(f"pivot: {type(model).__name__} has {scaled[0]} on its logits; this cannot be fused yet")
+        return
     with torch.no_grad():
         ids = torch.arange(4)[None] + 1
         hidden = model.base_model(input_ids=ids).last_hidden_state
@@ -227,9 +241,13 @@ class FusionTrainer(Trainer):
         """This rank's part of the mean; DeepSpeed averages over ranks, so it is scaled by their number."""
         teacher = inputs.pop("teacher")
         total, label_loss, fusion_loss = model(**inputs)
-        if not torch.isfinite(total):
+        finite = torch.isfinite(total.detach()).float()
+        if cluster.world() > 1:  # all ranks stop together, and none waits for one that is gone
+            torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
+        if not finite:
             raise ValueError(
-                f"distill: the loss is {total.item()} at step {self.state.global_step}; lower distill.learning_rate. "
+                f"distill: the loss is not finite ({total.item()} on this rank) at step "
+                f"{self.state.global_step}; lower distill.learning_rate. "
                 "The last checkpoint is kept"
             )
         self._count(teacher, label_loss, fusion_loss, int(inputs["attention_mask"].sum()))
@@ -268,7 +286,7 @@ class FusionTrainer(Trainer):
         return {name: round(float(value), 5) for name, value in figures.items()}
 
     def summary(self) -> dict[str, float]:
-        """Figures over the whole run."""
+        """Figures over all steps of this process; after a resume those before it are in the log history alone."""
         self._all += np.sum(cluster.gather(self._sums), axis=0)
         self._sums[:] = 0
         return {**self._figures(self._all), "positions": int(self._all[-1, 0])}

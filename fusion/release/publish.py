@@ -23,15 +23,12 @@ def publish(folder: Path, repo: str, private: bool, token: str | None = None) ->
         ValueError: one line: a repo that is not owner/name, a folder that holds no model, no token, no
             connection, or the hub's refusal.
     """
-    if not _REPO.match(repo):
-        raise ValueError(f"release.hub: {repo!r} will not do; write owner/name, as in my-team/my-fusion")
+    check_repo(repo, token)
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         raise ValueError(f"{folder}: has no model (config.json and *.safetensors) to publish; release first")
     import huggingface_hub
 
     token = token or huggingface_hub.get_token()
-    if not token:
-        raise ValueError(f"release.hub: {repo} needs a token; {_TOKEN}, or leave release.hub out")
     api = huggingface_hub.HfApi(token=token)
     try:
         url = str(api.create_repo(repo, private=private, exist_ok=True))
@@ -43,6 +40,20 @@ def publish(folder: Path, repo: str, private: bool, token: str | None = None) ->
     if exposed:
         raise ValueError(f"release.hub: {repo} is public; set release.private to false, or name another")
     return url
+
+
+def check_repo(repo: str, token: str | None = None) -> None:
+    """What can be known before there is a model.
+
+    Raises:
+        ValueError: a repo that is not owner/name, or no token.
+    """
+    if not _REPO.match(repo):
+        raise ValueError(f"release.hub: {repo!r} will not do; write owner/name, as in my-team/my-fusion")
+    import huggingface_hub
+
+    if not (token or huggingface_hub.get_token()):
+        raise ValueError(f"release.hub: {repo} needs a token; {_TOKEN}, or leave release.hub out")
 
 
 def _why(error: Any) -> str:

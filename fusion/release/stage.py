@@ -4,6 +4,9 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,19 @@ from fusion.config import Config, Model
 from fusion.corpus import Corpus
 from fusion.release.card import model_card
 from fusion.release.evaluate import bits_per_byte
-from fusion.release.publish import publish
+from fusion.release.publish import check_repo, publish
 from fusion.release.report import console_table, verdict, write_report
 from fusion.release.summary import MergeFacts, Scored, StageFacts, Summary
+
+
+def check(config: Config) -> None:
+    """Refuse, before anything runs, a hub repository that cannot be published to.
+
+    Raises:
+        ValueError: see `publish.check_repo`.
+    """
+    if config.release.hub:
+        check_repo(config.release.hub)
 
 
 def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, Any]:
@@ -61,8 +74,9 @@ def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, 
 
 def announce(config: Config, out: Artifact) -> None:
     """Print the table, and where checkpoint and report are."""
-    if not cluster.is_main():
-        return
+    names = {"fused": out.folder / "checkpoint", "report.html": out.folder / "report.html"}
+    for name, target in names.items():
+        cluster.on_main(partial(_point, config.folder / name, target))
     summary = Summary.from_json((out.folder / "results.json").read_text())
     tracking.show(console_table(summary))
     tracking.say(verdict(summary))
@@ -81,10 +95,13 @@ def _models(config: Config, inputs: Mapping[str, Path]) -> list[tuple[str, Model
     order = ("control", "target", "fused")
     for role, name, folder in sorted(made, key=lambda m: order.index(m[0])):
         label = f"target {name}" if role == "target" else name
-        found.append(
-            (role, Model(model=str(folder), name=label.replace(" ", "-"), template=config.pivot.template), folder)
-        )
+        found.append((role, _like_pivot(config, folder, label.replace(" ", "-")), folder))
     return found
+
+
+def _like_pivot(config: Config, folder: Path, name: str) -> Model:
+    """A model of the pivot's making, read with the pivot's settings."""
+    return replace(config.pivot, model=str(folder), name=name, cache=None, parameters=None)
 
 
 def _measure(config: Config, role: Any, model: Model, folder: Path, heldout: list) -> Scored:
@@ -107,7 +124,7 @@ def _continue(config: Config, folder: Path) -> tuple[tuple[str, str], ...]:
         return ()
     import torch
 
-    model = Model(model=str(folder), name="fused")
+    model = _like_pivot(config, folder, "fused")
     tokenizer, loaded = hub.load_tokenizer(model, folder), hub.load_model(model, folder).to(cluster.device())
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     written = []
@@ -132,18 +149,17 @@ def _write(config: Config, model: Path, summary: Summary, out: Artifact) -> None
     shutil.copytree(model, checkpoint, copy_function=_link_or_copy)
     (checkpoint / "README.md").write_text(model_card(summary, config))
     write_report(summary, out.folder)
-    for name, target in (("fused", checkpoint), ("report.html", out.folder / "report.html")):
-        _point(config.folder / name, target)
     if config.release.hub:
         tracking.say(f"published   {publish(checkpoint, config.release.hub, config.release.private)}")
 
 
 def _link_or_copy(source: str, target: str) -> str:
-    """Weights are linked where the disk allows it: the same bytes need not be kept twice."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+    """Weights are linked where the disk allows it, which need not keep them twice; what one may edit is copied."""
+    if source.endswith(".safetensors"):
+        with suppress(OSError):
+            os.link(source, target)
+            return target
+    shutil.copy2(source, target)
     return target
 
 

@@ -31,7 +31,7 @@ class ByteTable:
         kinds: uint8 (V,), a `Kind` each.
         lengths: int64 (V,), `len(piece)`.
         marks_start: the tokenizer puts a space before the text that the text does not have.
-        digest: hexadecimal SHA-256 of pieces and kinds: two tokenizers with one digest share a vocabulary.
+        digest: hexadecimal SHA-256 of pieces, kinds and control tokens: with one digest two tokenizers share a vocabulary.
     """
 
     pieces: tuple[bytes, ...]
@@ -86,7 +86,7 @@ def byte_table(tokenizer: Any, name: str = "tokenizer") -> ByteTable:
         kinds=kinds,
         lengths=np.array([len(p) for p in pieces], dtype=np.int64),
         marks_start=marks[0],
-        digest=_digest(pieces, kinds),
+        digest=_digest(pieces, kinds, {i: t.content for i, t in backend.get_added_tokens_decoder().items()}),
     )
 
 
@@ -169,8 +169,10 @@ def _spells(backend: Any, pieces: list[bytes], probe: str, name: str) -> bool:
     return spelled != probe.encode()
 
 
-def _digest(pieces: list[bytes], kinds: np.ndarray) -> str:
+def _digest(pieces: list[bytes], kinds: np.ndarray, added: dict[int, str]) -> str:
     whole = hashlib.sha256(kinds.tobytes())
-    for piece in pieces:
+    for i, piece in enumerate(pieces):
+        if kinds[i] == Kind.CONTROL:  # no bytes of the text, but two that change places are two vocabularies
+            piece = added.get(i, "").encode("utf-8", "surrogatepass")
         whole.update(len(piece).to_bytes(4, "little") + piece)
     return whole.hexdigest()
