@@ -47,7 +47,7 @@ def locate(model: Model, key: str, weights: bool = True) -> Path:
         instead = (
             "only pickled weights, which are not read; convert them with save_pretrained"
             if pickles
-            else "no weights that are read; pickled ones are converted with save_pretrained"
+            else "no weights"
         )
         raise ValueError(f"{key}: {model.model} has {instead} (*.safetensors)")
     index = folder / "model.safetensors.index.json"

@@ -344,7 +344,11 @@ def test_the_stage_writes_the_same_bytes_again(tmp_path: Path) -> None:
     ("rows", "settings", "line"),
     [
         ([], {}, "prepare.data.0.data: {path} has no rows"),
-        ([{"text": " "}], {}, "prepare.data.0.data: {path} none of its 1 rows is left after `where` and blank ones"),
+        (
+            [{"text": " "}],
+            {},
+            "prepare.data.0.data: {path} has 1 rows and none is left after `where`, blank ones and prepare.train_share",
+        ),
         (
             [{"text": "a"}],
             {"heldout_share": 0},

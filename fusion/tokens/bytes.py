@@ -31,7 +31,7 @@ class ByteTable:
         kinds: uint8 (V,), a `Kind` each.
         lengths: int64 (V,), `len(piece)`.
         marks_start: the tokenizer puts a space before the text that the text does not have.
-        digest: hexadecimal SHA-256 of pieces, kinds and control tokens: with one digest two tokenizers share a vocabulary.
+        digest: hexadecimal SHA-256 of pieces, kinds and control tokens: one digest, one vocabulary.
     """
 
     pieces: tuple[bytes, ...]
