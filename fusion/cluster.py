@@ -61,7 +61,13 @@ def start() -> None:
 
     # the others wait while one rank downloads, hashes or merges what can be hundreds of gigabytes
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(days=7))
+    try:
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(days=7))
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ.get("MASTER_PORT")
+        raise ValueError(f"port {port} is another run's; start this one with deepspeed --master_port NUMBER") from None
 
 
 def stop() -> None:

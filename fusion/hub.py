@@ -45,9 +45,7 @@ def locate(model: Model, key: str, weights: bool = True) -> Path:
     if weights and not any(folder.glob("*.safetensors")):
         pickles = any(folder.glob("*.bin")) or any(folder.glob("*.pth"))
         instead = (
-            "only pickled weights, which are not read; convert them with save_pretrained"
-            if pickles
-            else "no weights"
+            "only pickled weights, which are not read; convert them with save_pretrained" if pickles else "no weights"
         )
         raise ValueError(f"{key}: {model.model} has {instead} (*.safetensors)")
     index = folder / "model.safetensors.index.json"

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -56,8 +57,15 @@ def write_config(made: Path, folder: Path) -> Path:
     return path
 
 
+def launch(ranks: int) -> list[str]:
+    """The launcher on a port that nobody has."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(s.getsockname()[1])]
+
+
 def fuse(config: Path, *more: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    launcher = ["deepspeed", "--num_gpus", str(ranks)] if ranks > 1 else [sys.executable]
+    launcher = launch(ranks) if ranks > 1 else [sys.executable]
     command = [*launcher, "launch/fuse.py", "--config", str(config), *more]
     return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
 
@@ -116,7 +124,7 @@ def test_second_run_does_nothing(walked: tuple[Path, str]) -> None:
 
 def test_killed_run_goes_on_to_the_same_weights(made: Path, walked: tuple[Path, str], tmp_path: Path) -> None:
     config = write_config(made, tmp_path)
-    command = ["deepspeed", "--num_gpus", "2", "launch/fuse.py", "--config", str(config)]
+    command = [*launch(2), "launch/fuse.py", "--config", str(config)]
     with (tmp_path / "log").open("w") as log:
         running = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True)
         deadline = time.monotonic() + 300
