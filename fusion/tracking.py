@@ -140,10 +140,10 @@ class Tracker:
                     raise ValueError(f"tracking.wandb: {asked} cannot be had: {why}; set offline or disabled") from None
                 say(f"wandb is not to be had online ({why}): offline")
 
-    def log(self, values: Mapping[str, float], step: int | None = None) -> None:
-        """Numbers at a step."""
+    def log(self, values: Mapping[str, Any], step: int | None = None) -> None:
+        """Numbers at a step; what is no number is left out."""
         if self._run is not None:
-            self._run.log(dict(values), step=step)
+            self._run.log({k: v for k, v in values.items() if isinstance(v, (int, float))}, step=step)
 
     def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
         """A table."""

@@ -273,7 +273,7 @@ class FusionTrainer(Trainer):
             speed = cluster.world() * self._tokens / max(now - self._since, 1e-9)
             logs |= {**self._figures(sums), "tokens_per_second": round(speed, 1), "memory_gb": round(_memory_gb(), 3)}
             self._sums[:], self._tokens, self._since = 0, 0, now
-            self._tracker.log({k: v for k, v in logs.items() if isinstance(v, (int, float))}, self.state.global_step)
+            self._tracker.log(logs, self.state.global_step)
         super().log(logs, start_time)
 
     def _figures(self, sums: np.ndarray) -> dict[str, float]:

@@ -67,6 +67,9 @@ def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, 
         }
     )
     tracker.log({f"bits_per_byte/{m.name}": m.mean for m in scored})
+    tracker.log(
+        {f"{s.label}/{k}": v for s in summary.stages for k, v in s.facts.items() if s.label.startswith("align/")}
+    )
     tracker.close()
     cluster.on_main(lambda: _write(config, inputs["merge"] / "model", summary, out))
     return {m.name: m.mean for m in summary.models}
