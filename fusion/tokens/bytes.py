@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from fusion.tokens.encode import Encoder, fast_form
+
 _PROBES = ("the cat sat on the mat", "one two", "a day in the life")
-_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>\Z")
 
 
 class Kind(IntEnum):
@@ -32,6 +34,7 @@ class ByteTable:
         lengths: int64 (V,), `len(piece)`.
         marks_start: the tokenizer puts a space before the text that the text does not have.
         digest: hexadecimal SHA-256 of pieces, kinds and control tokens: one digest, one vocabulary.
+        unknown: the id for what the vocabulary cannot spell, a control id with no bytes; None where there is none.
     """
 
     pieces: tuple[bytes, ...]
@@ -39,6 +42,7 @@ class ByteTable:
     lengths: np.ndarray
     marks_start: bool
     digest: str
+    unknown: int | None = None
 
     def __len__(self) -> int:
         return len(self.pieces)
@@ -49,45 +53,81 @@ class ByteTable:
 
 
 def byte_table(tokenizer: Any, name: str = "tokenizer") -> ByteTable:
-    """The byte table of a fast Hugging Face tokenizer, read off its own model, pre-tokenizer and decoder.
+    """The byte table of a fast Hugging Face tokenizer: see `read`."""
+    return read(tokenizer, name)[0]
+
+
+def read(tokenizer: Any, name: str) -> tuple[ByteTable, Encoder]:
+    """A fast tokenizer's byte table, read off its own model, pre-tokenizer and decoder, and an encoder of its ids.
 
     Args:
         tokenizer: a `PreTrainedTokenizerBase` as loaded (transformers may rebuild the pipeline, so no file is asked).
         name: what to call it in an error.
 
     Raises:
-        ValueError: the tokenizer has no fast form, or its tokens do not spell plain text.
+        ValueError: the tokenizer has no fast form, gives one id to two tokens, or its tokens do not spell plain text.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or not hasattr(backend, "to_str"):
-        raise ValueError(f"{name}: {type(tokenizer).__name__} has no fast form (tokenizer.json); convert it first")
+    backend = fast_form(tokenizer, name)
     spec = json.loads(backend.to_str())
     spell = _speller(spec)
-    size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    model, added = backend.get_vocab(with_added_tokens=False), backend.get_added_tokens_decoder()
+    size = max([*model.values(), *added], default=-1) + 1
     pieces, kinds = [b""] * size, np.full(size, Kind.UNUSED, dtype=np.uint8)
-    for piece, i in backend.get_vocab(with_added_tokens=False).items():
+    owner: dict[int, str] = {}
+    for piece, i in model.items():
+        if (other := owner.setdefault(i, piece)) != piece:
+            raise ValueError(f"{name}: its vocabulary gives id {i} to both {other!r} and {piece!r}")
         pieces[i], kinds[i] = spell(piece)
-    for i, token in backend.get_added_tokens_decoder().items():
+    unknown = _unknown(spec, backend)
+    no_text = [*np.flatnonzero(kinds == Kind.BYTE).tolist(), *([] if unknown is None else [unknown])]
+    encoder = Encoder(tokenizer, name, {owner[i]: i for i in no_text if i in owner})
+    for i, token in added.items():
+        if owner.get(i, token.content) != token.content:  # new ids count tokens; past a gap they run into old
+            raise ValueError(f"{name}: id {i} is both {owner[i]!r} of its vocabulary and added token {token.content!r}")
         byte = _BYTE_PIECE.match(token.content)
         if byte and _has_byte_fallback(spec):
             pieces[i], kinds[i] = bytes([int(byte[1], 16)]), Kind.BYTE
-        elif token.special:
+        elif token.special and i not in encoder.unavoidable:
             pieces[i], kinds[i] = b"", Kind.CONTROL
-        elif kinds[i] == Kind.UNUSED:  # a non-special added token is literal text, never mark-encoded
-            pieces[i], kinds[i] = token.content.encode("utf-8", "surrogatepass"), Kind.TEXT
-    unknown = spec["model"].get("unk_token")
-    if isinstance(spec["model"].get("unk_id"), int):  # Unigram names its unknown piece by number
-        unknown = spec["model"]["vocab"][spec["model"]["unk_id"]][0]
-    if unknown is not None and (i := backend.token_to_id(unknown)) is not None:
-        pieces[i], kinds[i] = b"", Kind.CONTROL
-    marks = [_spells(backend, pieces, probe, name) for probe in _PROBES]
-    return ByteTable(
+        elif i not in owner:
+            pieces[i], kinds[i] = _literal(token, backend, spec), Kind.TEXT
+    if unknown is not None:
+        pieces[unknown], kinds[unknown] = b"", Kind.CONTROL
+    table = ByteTable(
         pieces=tuple(pieces),
         kinds=kinds,
         lengths=np.array([len(p) for p in pieces], dtype=np.int64),
-        marks_start=marks[0],
-        digest=_digest(pieces, kinds, {i: t.content for i, t in backend.get_added_tokens_decoder().items()}),
+        marks_start=_marks_start(encoder, pieces, unknown, name),
+        digest=_digest(pieces, kinds, {i: t.content for i, t in added.items()}),
+        unknown=unknown,
     )
+    return table, encoder
+
+
+def _literal(token: Any, backend: Any, spec: dict) -> bytes:
+    """The bytes of an added token that is no piece of the model: its own text, as the normalizer has it.
+
+    Where it is matched in normalized text, a normalizer that puts a mark before every text has put one before the token
+    too, which is then found after a space only.
+    """
+    content: str = token.content
+    normalizers = _flat(spec.get("normalizer"))
+    if token.normalized and normalizers:
+        content = backend.normalizer.normalize_str(content)
+        if any(part["type"] == "ByteLevel" for part in normalizers):
+            return bytes(_speller(spec)(content)[0])
+        if (mark := _space_mark(normalizers, [])) is not None:
+            content = content.replace(mark, " ")
+    return content.encode("utf-8", "surrogatepass")
+
+
+def _unknown(spec: dict, backend: Any) -> int | None:
+    """The id that stands for what the vocabulary cannot spell."""
+    piece = spec["model"].get("unk_token")
+    if isinstance(spec["model"].get("unk_id"), int):  # Unigram names its unknown piece by number
+        piece = spec["model"]["vocab"][spec["model"]["unk_id"]][0]
+    found = None if piece is None else backend.token_to_id(piece)
+    return None if found is None else int(found)
 
 
 def _speller(spec: dict) -> Any:
@@ -109,7 +149,8 @@ def _speller(spec: dict) -> Any:
             return word.encode("utf-8", "surrogatepass"), Kind.TEXT
 
         return word_piece
-    mark, fallback = _space_mark(spec), _has_byte_fallback(spec)
+    before = _flat(spec.get("normalizer")) + _flat(spec.get("pre_tokenizer"))
+    mark, fallback = _space_mark(before, _flat(spec.get("decoder"))), _has_byte_fallback(spec)
 
     def sentence_piece(piece: str) -> tuple[bytes, Kind]:
         byte = _BYTE_PIECE.match(piece) if fallback else None
@@ -121,29 +162,36 @@ def _speller(spec: dict) -> Any:
     return sentence_piece
 
 
+def _flat(part: dict | None) -> list[dict]:
+    """A component of the pipeline, sequences flattened."""
+    if part is None:
+        return []
+    inner = part.get("normalizers") or part.get("pretokenizers") or part.get("decoders") or []
+    return [part, *(found for one in inner for found in _flat(one))]
+
+
 def _parts(spec: dict) -> list[dict]:
     """Every component of normaliser, pre-tokenizer and decoder, sequences flattened."""
-    found, waiting = [], [spec.get("normalizer"), spec.get("pre_tokenizer"), spec.get("decoder")]
-    while waiting:
-        part = waiting.pop(0)
-        if part is None:
-            continue
-        waiting += part.get("normalizers") or part.get("pretokenizers") or part.get("decoders") or []
-        found.append(part)
-    return found
+    return [part for name in ("normalizer", "pre_tokenizer", "decoder") for part in _flat(spec.get(name))]
 
 
-def _space_mark(spec: dict) -> str | None:
-    """The character that stands for a space in pieces (`▁`), None where a space is a space."""
-    for part in _parts(spec):
+def _space_mark(before: list[dict], after: list[dict]) -> str | None:
+    """The character that stands for a space in pieces (`▁`), None where a space is a space.
+
+    Args:
+        before: components that make pieces of text; one that replaces something else by a space is no sign of a mark.
+        after: decoders, which make text of pieces.
+    """
+    for part in before + after:
         if part["type"] == "Metaspace":
             return str(part["replacement"])
-        if part["type"] == "Replace":
-            pattern = (part.get("pattern") or {}).get("String")
-            if pattern == " " and part.get("content"):
-                return str(part["content"])
-            if part.get("content") == " " and pattern:
-                return str(pattern)
+    for parts, text_first in ((before, True), (after, False)):
+        for part in parts:
+            if part["type"] == "Replace":
+                sides = ((part.get("pattern") or {}).get("String"), part.get("content"))
+                text, piece = sides if text_first else sides[::-1]
+                if text == " " and piece:
+                    return str(piece)
     return None
 
 
@@ -159,20 +207,34 @@ def _printable_bytes() -> dict[int, str]:
     return table | {b: chr(0x100 + n) for n, b in enumerate(spare)}
 
 
-def _spells(backend: Any, pieces: list[bytes], probe: str, name: str) -> bool:
-    """Check that the tokens of plain words spell them; returns whether a space was put before."""
-    spelled = b"".join(pieces[i] for i in backend.encode(probe, add_special_tokens=False).ids)
-    if spelled not in (probe.encode(), b" " + probe.encode()):
+def _marks_start(encoder: Encoder, pieces: list[bytes], unknown: int | None, name: str) -> bool:
+    """Check that the tokens of plain words spell them; returns whether a space was put before.
+
+    A vocabulary that cannot spell English, of another script perhaps, is asked for words of its own.
+    """
+    words = [word for p in pieces if (word := p.decode(errors="ignore").strip()).isalnum()][:8] * 2
+    marks: list[bool] = []
+    for probe in (*_PROBES, " ".join(words), "".join(words)):
+        ids = encoder.encode(probe, literal=True).ids
+        if not ids or unknown in ids or (marks and probe not in _PROBES):
+            continue
+        spelled = b"".join(pieces[i] for i in ids)
+        if spelled not in (probe.encode(), b" " + probe.encode()):
+            shown = spelled.decode(errors="replace")
+            raise ValueError(f"{name}: cannot be mapped to bytes: its tokens for {probe!r} spell {shown!r}")
+        marks.append(spelled != probe.encode())
+    if not marks:
         raise ValueError(
-            f"{name}: cannot be mapped to bytes: its tokens for {probe!r} spell {spelled.decode(errors='replace')!r}"
+            f"{name}: cannot be mapped to bytes: neither plain words nor its own can be written in its tokens"
         )
-    return spelled != probe.encode()
+    return marks[0]
 
 
 def _digest(pieces: list[bytes], kinds: np.ndarray, added: dict[int, str]) -> str:
     whole = hashlib.sha256(kinds.tobytes())
+    control = (kinds == Kind.CONTROL).tolist()
     for i, piece in enumerate(pieces):
-        if kinds[i] == Kind.CONTROL:  # no bytes of the text, but two that change places are two vocabularies
+        if control[i]:  # no bytes of the text, but two that change places are two vocabularies
             piece = added.get(i, "").encode("utf-8", "surrogatepass")
         whole.update(len(piece).to_bytes(4, "little") + piece)
     return whole.hexdigest()

@@ -1,18 +1,17 @@
-"""Where tokens lie in the bytes of a text, and where a chat's contents lie in what its template rendered."""
+"""Where tokens lie in the bytes of a text."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
 
-from fusion.records import Message
 from fusion.tokens.bytes import ByteTable
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Token ids and the bytes starts[n]..ends[n] of a text that each one covers, int64; -1 where that is unknown."""
+    """Token ids and the bytes starts[n]..ends[n] of a text that each one covers, int64; an end is -1 where unknown."""
 
     ids: list[int]
     starts: np.ndarray
@@ -46,72 +45,52 @@ def bytes_before(text: str) -> np.ndarray:
 def place(table: ByteTable, ids: list[int], offsets: Sequence[tuple[int, int]], text: str) -> Tokens:
     """Place the tokens of `text` in its bytes.
 
-    Where the tokens' bytes spell the text (with or without a space put before it, with or without the white space that
-    a neighbouring control token swallowed) the places are exact, inside characters too. Where they do not, the text
-    was changed by the tokenizer: a token is placed only where its own bytes are the text's at its character offsets.
+    Where the tokens' bytes spell the text (with or without a space put before it) the places are exact, inside
+    characters too. Where they do not, the tokenizer changed the text; the same then holds of each smallest run of
+    tokens that shares no character with its neighbours, and the tokens of a run that spells something else have no end.
+
+    Args:
+        offsets: the characters start..stop of `text` that each token came from.
     """
+    raw = text.encode()
     if not ids:
-        return Tokens([], np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
-    spelled, raw = table.join(ids), text.encode()
-    ends = np.cumsum(table.lengths[ids])
-    known = table.lengths[ids].all()  # an unknown token may stand for white space: that is not swallowed but lost
-    for seen in dict.fromkeys((raw, raw.lstrip(), raw.rstrip(), raw.strip())):
-        if known and spelled in (seen, b" " + seen):
-            lead = (len(raw) - len(raw.lstrip())) if not raw.startswith(seen) else 0
-            ends = ends + (lead - (len(spelled) - len(seen)))
-            starts = np.concatenate([[lead], ends[:-1]])
-            return Tokens(ids, np.maximum(starts, lead), ends)
-    return _place_by_offsets(table, ids, offsets, text)
-
-
-def _place_by_offsets(table: ByteTable, ids: list[int], offsets: Sequence[tuple[int, int]], text: str) -> Tokens:
-    before, raw = bytes_before(text), text.encode()
-    starts, ends = np.full(len(ids), -1, dtype=np.int64), np.full(len(ids), -1, dtype=np.int64)
-    for n, (i, (a, b)) in enumerate(zip(ids, offsets, strict=True)):
-        piece, shown = table.pieces[i], raw[before[a] : before[b]]
-        alone = n + 1 == len(ids) or offsets[n + 1][0] >= b  # tokens that share a character's offsets end inside it
-        if shown and alone and piece.endswith(shown) and not piece[: -len(shown)].strip():
-            starts[n], ends[n] = before[a], before[b]
+        return Tokens([], np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), lossy=bool(raw))
+    if (exact := _spelled_by(table, ids, table.join(ids), raw)) is not None:
+        return Tokens(ids, *exact)
+    bounds = bytes_before(text)[np.asarray(offsets, dtype=np.int64)]
+    starts, ends = bounds[:, 0].copy(), np.full(len(ids), -1, dtype=np.int64)
+    reached = 0
+    for first, stop, low, high in _runs(bounds.tolist()):
+        run = ids[first:stop]
+        spelled = table.join(run)
+        if low > reached and raw[low - 1 : high] == spelled:
+            low -= 1  # pre-tokenizers that part words by their spaces leave those out of the offsets
+        reached = high
+        if (exact := _spelled_by(table, run, spelled, raw[low:high])) is not None:
+            starts[first:stop], ends[first:stop] = exact[0] + low, exact[1] + low
+        elif len(run) > 1 and bounds[first + 1, 0] == low and raw[low : low + 1] != b" " == table.pieces[run[0]]:
+            ends[first] = low  # a mark by itself before what was changed
     return Tokens(ids, starts, ends, lossy=True)
 
 
-@dataclass(frozen=True, slots=True)
-class Content:
-    """Characters start..stop of a rendering are a message's content, less `lead` characters stripped in front."""
+def _spelled_by(table: ByteTable, ids: list[int], spelled: bytes, raw: bytes) -> tuple[np.ndarray, np.ndarray] | None:
+    """Starts and ends in `raw` of tokens that spell it, a space put before it or not; None where they do not."""
+    marked = len(spelled) - len(raw)
+    if marked not in (0, 1) or spelled[marked:] != raw or (marked and spelled[:1] != b" "):
+        return None
+    lengths = table.lengths[ids]
+    if not lengths.all():  # an unknown token stands for something
+        return None
+    ends = np.cumsum(lengths) - marked
+    return np.concatenate([[0], ends[:-1]]), ends
 
-    message: Message
-    start: int
-    stop: int
-    lead: int
 
-
-def locate(messages: Sequence[Message], text: str, render: Callable[[Sequence[Message]], str]) -> Iterator[Content]:
-    """Find every message's content in a rendered chat.
-
-    The template is rendered once more with marks in place of the contents; what stands between the marks is the
-    template's own, so a content that repeats template words cannot mislead.
-
-    Args:
-        render: renders other messages with the same template.
-
-    Raises:
-        ValueError: the template drops, reorders or rewrites a content.
-    """
-    marks = [f"\ue000{n}\ue001" for n in range(len(messages))]
-    skeleton = render([Message(m.role, mark) for m, mark in zip(messages, marks, strict=True)])
-    cursor, rest = 0, skeleton
-    for n, (message, mark) in enumerate(zip(messages, marks, strict=True)):
-        fixed, found, rest = rest.partition(mark)
-        if not found or not text.startswith(fixed, cursor):
-            raise ValueError(f"drops or reorders message {n + 1} ({message.role})")
-        start = cursor + len(fixed)
-        until = rest.partition(marks[n + 1])[0] if n + 1 < len(marks) else rest
-        content = message.content
-        for shown in dict.fromkeys((content, content.strip(), content.lstrip(), content.rstrip())):
-            if text.startswith(shown + until, start):
-                lead = len(content) - len(content.lstrip()) if not content.startswith(shown) else 0
-                yield Content(message, start, start + len(shown), lead)
-                cursor = start + len(shown)
-                break
-        else:
-            raise ValueError(f"rewrites the content of message {n + 1} ({message.role})")
+def _runs(bounds: list[list[int]]) -> Iterator[tuple[int, int, int, int]]:
+    """Smallest runs first..stop of tokens that share no byte with other runs, each with the bytes it covers."""
+    first, (low, high) = 0, bounds[0]
+    for n, (start, stop) in enumerate(bounds):
+        if start >= high and n:
+            yield first, n, low, high
+            first, low = n, start
+        high = max(high, stop)
+    yield first, len(bounds), low, high

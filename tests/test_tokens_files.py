@@ -1,0 +1,108 @@
+"""A tokenizer whose files disagree is refused by name: transformers would mend it with ids that the model never saw."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from fusion.tokens.bytes import byte_table
+from fusion.tokens.files import check_files
+from fusion.tokens.render import Renderer
+
+Edit = Callable[[dict[str, Any]], object]
+
+
+def token(content: str, special: bool = True, **more: Any) -> dict[str, Any]:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": special}
+    return {"content": content, **flags, **more}
+
+
+def edited(folder: Path, source: Any, file: str, edit: Edit) -> Path:
+    """The folder of a tokenizer with one of its JSON files changed, or made."""
+    source.save_pretrained(folder)
+    path = folder / file
+    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    edit(content)
+    path.write_text(json.dumps(content))
+    return folder
+
+
+def decoder(**tokens: dict[str, Any]) -> Edit:
+    return lambda config: config.update(added_tokens_decoder={i.strip("_"): t for i, t in tokens.items()})
+
+
+DISAGREE: dict[str, tuple[str, Edit, str]] = {
+    "an id that is taken": (
+        "tokenizer.json",
+        lambda file: file["added_tokens"].append(token("<x>", id=5)),
+        "tokenizer.json gives token '<x>' the id 5, but it is loaded as 400",
+    ),
+    "an id beyond a gap": (
+        "tokenizer.json",
+        lambda file: file["added_tokens"].append(token("<x>", id=500)),
+        "tokenizer.json gives token '<x>' the id 500, but it is loaded as 400",
+    ),
+    "another token at an id": (
+        "tokenizer_config.json",
+        decoder(_0=token("<|other|>")),
+        "tokenizer_config.json gives token '<|other|>' the id 0, but it is loaded as 400",
+    ),
+    "a token that is special in one file only": (
+        "tokenizer_config.json",
+        decoder(_0=token("<|endoftext|>", special=False)),
+        "disagree on whether '<|endoftext|>' (0) is special",
+    ),
+    "an old list of added tokens": (
+        "added_tokens.json",
+        lambda file: file.update({"<z>": 450}),
+        "added_tokens.json gives token '<z>' the id 450, but it is loaded as 400",
+    ),
+    "an end token without id": (
+        "tokenizer_config.json",
+        lambda config: config.update(eos_token="<nope>"),
+        "tokenizer_config.json names '<nope>' as eos_token, which has no id in tokenizer.json",
+    ),
+    "a map that names a token without id": (
+        "special_tokens_map.json",
+        lambda file: file.update(bos_token={"content": "<nope>"}),
+        "special_tokens_map.json names '<nope>' as bos_token, which has no id in tokenizer.json",
+    ),
+    "one more special token without id": (
+        "tokenizer_config.json",
+        lambda config: config.update(extra_special_tokens=["<|tool|>"]),
+        "tokenizer_config.json names '<|tool|>' as extra_special_tokens, which has no id in tokenizer.json",
+    ),
+    "two pieces of one id": (
+        "tokenizer.json",
+        lambda file: file["model"]["vocab"].update({"zzzz": 7}),
+        "its vocabulary gives id 7 to both",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DISAGREE)
+def test_files_that_disagree_are_refused(case: str, byte_level_tokenizer: Any, tmp_path: Path) -> None:
+    file, edit, told = DISAGREE[case]
+    loaded = AutoTokenizer.from_pretrained(edited(tmp_path, byte_level_tokenizer, file, edit))
+    with pytest.raises(ValueError, match="^my-model: .*" + re.escape(told)) as error:
+        Renderer(loaded, "my-model")
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_agree_pass(byte_level_tokenizer: Any, sentencepiece_tokenizer: Any, tmp_path: Path) -> None:
+    for source in (byte_level_tokenizer, sentencepiece_tokenizer):
+        check_files(source, "as saved")
+    grown = AutoTokenizer.from_pretrained(byte_level_tokenizer.name_or_path)
+    grown.add_tokens(["<extra>"])
+    grown.add_special_tokens({"additional_special_tokens": ["<|tool|>"]})
+    check_files(grown, "grown in memory")
+    grown.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    check_files(again, "grown and saved")
+    assert byte_table(again).digest == byte_table(grown).digest
+    grown.name_or_path = ""
+    check_files(grown, "from no folder")
