@@ -74,9 +74,14 @@ class Capture:
 class Align:
     """Source token ids → target token ids."""
 
-    map: Literal["soft", "hard", "exact", "prefix"] = "soft"
-    fallback: Literal["prefix", "exact", "none"] = "prefix"
-    targets_per_token: Positive = 16  # widest row of a soft map
+    # what gives a source token its row: the first of these maps that has one
+    maps: Annotated[tuple[Literal["soft", "hard", "exact", "prefix", "min_edit"], ...], Field(min_length=1)] = (
+        "soft",
+        "prefix",
+    )
+    targets_per_token: Positive = 4  # entries of a row that a token which did not follow is spread over
+    follow: bool = True  # share out the mass of the token that did follow by the source's own next steps
+    inside: bool = True  # teach target positions inside a source's token too; only with follow
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -105,6 +106,14 @@ class Sparse:
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    @staticmethod
+    def joined(parts: "Sequence[Sparse]") -> "Sparse":
+        """Rows of several one after the other."""
+        counts = [np.diff(part.offsets) for part in parts]
+        offsets = np.cumsum(np.concatenate([np.zeros(1, dtype=np.int64), *counts]), dtype=np.int64)
+        ids = np.concatenate([np.zeros(0, dtype=np.int32), *(part.ids for part in parts)])
+        return Sparse(offsets, ids, np.concatenate([np.zeros(0, dtype=np.float32), *(part.probs for part in parts)]))
 
     def mass(self) -> np.ndarray:
         """float32 (n,), the probability that each row keeps."""

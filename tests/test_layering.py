@@ -155,6 +155,13 @@ def test_mathematics_is_pure() -> None:
     pure = [
         "align.spans",
         "align.project",
+        "align.vocabulary",
+        "align.spelling",
+        "align.trie",
+        "align.follow",
+        "align.edit",
+        "align.warp",
+        "align.paper",
         "capture.sample",
         "distill.loss",
         "distill.gate",

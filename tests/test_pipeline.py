@@ -133,7 +133,7 @@ def test_joint_has_one_target(tmp_path: Path, tree: dict[str, Any]) -> None:
         ("distill.gate=all", {"distill/a", "distill/b", "merge", "release"}),
         ("distill.learning_rate=1e-3", {"distill/a", "distill/b", "distill/control", "merge", "release"}),
         ("seed=1", {"distill/a", "distill/b", "distill/control", "merge", "release"}),
-        ("align.map=hard", AFTER_CAPTURE),
+        ("align.maps=[hard]", AFTER_CAPTURE),
         ("capture.k=3", {t for t in TASKS if t not in ("prepare", "distill/control")}),
         ("sources.0.dtype=bfloat16", {"capture/a", "align/a", "distill/a", "merge", "release"}),
         ("sources.0.template=plain", {"capture/a", "align/a", "distill/a", "merge", "release"}),

@@ -51,7 +51,7 @@ def stages() -> tuple[StageFacts, ...]:
     history.append({"step": 10, "train_runtime": 4.0})
     told = {"history": history, "taught_by/llama": 0.6, "taught_by/pivot": 0.1, "steps": 10}
     cache = {"samples": 40, "tokens": 1234567, "bytes on disk": 34_500_000, "bytes a token": 27.9}
-    align = {"coverage": 0.8125, "ids mapped": 0.5, "ids seen": 0.25, "mass kept": 0.9871}
+    align = {"coverage": 0.8125, "ids mapped": 0.5, "ids seen": 0.25, "mass mapped": 0.9871}
     return (
         StageFacts("prepare", None, {"samples": 50}),
         StageFacts("capture/llama", 12.5, cache),

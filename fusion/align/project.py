@@ -1,6 +1,7 @@
 """A source's sparse distributions in target tokens: p = q·W, collisions added, mass lost and told."""
 
 import numpy as np
+from numba import njit
 from scipy.sparse import csr_array
 
 from fusion.records import Sparse
@@ -12,24 +13,134 @@ def project(entries: Sparse, at: np.ndarray, matrix: csr_array, k: int) -> Spars
     Args:
         entries: rows over source ids.
         at: the rows that are wanted, in any order.
-        matrix: (source ids, target ids), rows sum to at most 1. Ids beyond its rows (padding of an embedding) are lost.
+        matrix: (source ids, target ids), rows sum to at most 1.
         k: entries that a projected row keeps, the most probable ones; the others' mass is lost, never shared out.
 
     Returns:
-        As many rows as `at` has, over target ids, most probable entry first.
+        As many rows as `at` has, over target ids; what a row sums to less than its source's is mass lost.
+
+    Raises:
+        ValueError: a negative id. (Ids beyond the map's rows, the padding of an embedding, are mass lost.)
     """
-    whole = csr_array((entries.probs, entries.ids, entries.offsets), shape=(len(entries), _width(entries, matrix)))
-    wanted = csr_array(whole[at][:, : matrix.shape[0]]) if whole.shape[1] > matrix.shape[0] else csr_array(whole[at])
-    result = csr_array(wanted @ matrix)
-    rows = np.repeat(np.arange(len(at)), np.diff(result.indptr))
-    order = np.lexsort((result.indices, -result.data, rows))
-    place = np.arange(len(order)) - result.indptr[rows[order]]
-    kept = order[(place < k) & (result.data[order] > 0)]
-    counts = np.bincount(rows[kept], minlength=len(at))
-    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    # a sum of float32 shares can pass 1 by a rounding
-    return Sparse(offsets, result.indices[kept].astype(np.int32), np.minimum(result.data[kept], 1).astype(np.float32))
+    in_range(entries.ids)
+    bag = np.zeros(matrix.shape[1]), np.zeros(matrix.shape[1], dtype=np.int32)
+    weights, keep = np.ones(len(at)), np.full(len(at), -1, dtype=np.int32)
+    starts = np.arange(len(at) + 1, dtype=np.int64)
+    rows = (entries.offsets, entries.ids, entries.probs)
+    return Sparse(*_project(rows, at, weights, starts, (matrix.indptr, matrix.indices, matrix.data), bag, keep, k))
 
 
-def _width(entries: Sparse, matrix: csr_array) -> int:
-    return max(int(entries.ids.max(initial=-1)) + 1, matrix.shape[0])
+def mix(rows: Sparse, of: np.ndarray, weights: np.ndarray, keep: np.ndarray, width: int, k: int) -> Sparse:
+    """Weighted sums of rows.
+
+    Args:
+        rows: m rows over `width` ids.
+        of: int64 (m,), the row of the result that each belongs to.
+        weights: float64 (m,), its weight there.
+        keep: int32 (n,), an id that each of the n rows of the result keeps, -1 for none.
+        k: entries that a row keeps, the most probable ones.
+
+    Returns:
+        n rows; one that nothing belongs to is empty.
+    """
+    order = np.argsort(of, kind="stable")
+    starts = np.append(0, np.cumsum(np.bincount(of, minlength=len(keep)))).astype(np.int64)
+    each = np.arange(width + 1, dtype=np.int64)
+    same = (each, each[:-1].astype(np.int32), np.ones(width))
+    bag = np.zeros(width), np.zeros(width, dtype=np.int32)
+    packed = (rows.offsets, rows.ids, rows.probs)
+    return Sparse(*_project(packed, order, weights[order], starts, same, bag, keep, k))
+
+
+def in_range(ids: np.ndarray, size: int | None = None) -> None:
+    """Refuse token ids below 0, and from `size` on."""
+    low, high = int(ids.min(initial=0)), int(ids.max(initial=0))
+    if low < 0 or (size is not None and size <= high):
+        raise ValueError(
+            f"token id {low if low < 0 else high} is out of range: the vocabulary has {size or 'no such'} ids"
+        )
+
+
+@njit(cache=True, nogil=True)
+def _project(rows, at, weights, starts, matrix, bag, keep, k):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    offsets, ids, probs = rows
+    indptr, columns, values = matrix
+    mass, used = bag
+    out_offsets = np.zeros(len(starts), dtype=np.int64)
+    out_ids = np.empty(16 * len(starts), dtype=np.int32)
+    out_probs = np.empty(len(out_ids), dtype=np.float32)
+    filled = 0
+    for row in range(len(starts) - 1):
+        size = 0
+        for n in range(starts[row], starts[row + 1]):
+            for e in range(offsets[at[n]], offsets[at[n] + 1]):
+                if ids[e] >= len(indptr) - 1:
+                    continue
+                share = weights[n] * probs[e]
+                for m in range(indptr[ids[e]], indptr[ids[e] + 1]):
+                    part = share * values[m]
+                    if part > 0:
+                        i = columns[m]
+                        if mass[i] == 0.0:
+                            used[size] = i
+                            size += 1
+                        mass[i] += part
+        while filled + min(k, size) > len(out_ids):
+            out_ids, out_probs = np.append(out_ids, out_ids), np.append(out_probs, out_probs)
+        filled = select(mass, used, size, 1.0, k, keep[row], out_ids, out_probs, filled)
+        for n in range(size):
+            mass[used[n]] = 0.0
+        out_offsets[row + 1] = filled
+    return out_offsets, out_ids[:filled].copy(), out_probs[:filled].copy()
+
+
+@njit(cache=True)
+def select(mass, used, size, scale, k, keep, out_ids, out_probs, filled):  # type: ignore[no-untyped-def]  # pragma: no cover
+    """Write the k largest of a row behind the rows already written, `keep` among them; of equals the first met.
+
+    Returns how much is filled then. A sum of float32 shares can pass 1 by a rounding: each entry is held to it.
+    """
+    border, equals = -1.0, 0
+    if size > k:
+        values = np.empty(size)
+        for n in range(size):
+            values[n] = mass[used[n]]
+        border, equals = _largest(values, k), k
+        if keep >= 0 and 0.0 < mass[keep] < border:  # one place less for the others
+            border, equals = (_largest(values, k - 1) if k > 1 else np.inf), k - 1
+        for n in range(size):
+            equals -= values[n] > border
+    for n in range(size):
+        value = mass[used[n]]
+        if used[n] != keep and (value < border or value == border and equals == 0):
+            continue
+        equals -= value == border
+        out_ids[filled] = used[n]
+        out_probs[filled] = min(value * scale, 1.0)
+        filled += 1
+    return filled
+
+
+@njit(cache=True)
+def _largest(values, k):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """The k-th largest value, by Hoare's selection; the values change places."""
+    low, high, wanted = 0, len(values) - 1, k - 1
+    while low < high:
+        pivot = values[(low + high) // 2]
+        a, b = low, high
+        while a <= b:
+            while values[a] > pivot:
+                a += 1
+            while values[b] < pivot:
+                b -= 1
+            if a <= b:
+                values[a], values[b] = values[b], values[a]
+                a += 1
+                b -= 1
+        if wanted <= b:
+            high = b
+        elif wanted >= a:
+            low = a
+        else:
+            break
+    return values[wanted]

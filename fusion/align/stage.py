@@ -9,23 +9,28 @@ from scipy.sparse import csr_array
 
 from fusion import cluster, hub, tracking
 from fusion.align import vocabulary
-from fusion.align.project import project
+from fusion.align.edit import min_edit
+from fusion.align.map import Map
+from fusion.align.projector import Projector, projector
+from fusion.align.report import examples
 from fusion.align.spans import shared
-from fusion.artifact import Artifact
+from fusion.align.spelling import Spelling
+from fusion.artifact import Artifact, write_json
 from fusion.capture.cache import Cache
 from fusion.config import Align, Config
 from fusion.corpus import Corpus
-from fusion.records import Heard, Rendered
+from fusion.records import Carries, Heard, Rendered
 from fusion.tokens.render import Renderer
+from fusion.tokens.words import space_mark, token_strings
 
-_FALLBACKS = {"prefix": vocabulary.prefix, "exact": vocabulary.exact}
+_MEASURED = 256  # samples that the figures of a map are taken on
 
 
 def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, Any]:
-    """Write `map.safetensors` for the source `out.subject`; returns what it covers.
+    """Write `map.safetensors` and `map.json` for the source `out.subject`; returns what it covers.
 
     Raises:
-        ValueError: the cache was made with another tokenizer than the source's.
+        ValueError: the cache was made with another tokenizer than the source's, or holds none of the samples.
     """
     source = next(m for m in (config.pivot, *config.sources) if m.name == out.subject)
     reads = Renderer(hub.load_tokenizer(source, inputs["model"]), source.name, hub.template_of(source))
@@ -35,72 +40,117 @@ def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, 
     shape = (len(reads.table), len(learns.table))
     groups = cluster.share(range(corpus.groups))
 
-    def met() -> Iterator[tuple[Heard, Rendered, np.ndarray, np.ndarray]]:
+    def met() -> Iterator[tuple[Heard, Rendered]]:
         for n in tracking.progress(groups, f"align {source.name}", len(groups)):
             for sample in corpus.group(n):
                 heard = cache.get(sample.id)
                 if heard is not None:
-                    rendered = learns.render(sample)
-                    yield (heard, rendered, *shared(heard.boundary, rendered.boundary))
+                    yield heard, learns.render(sample)
 
-    def count() -> tuple[csr_array, int, int]:
-        positions = [0, 0]
+    def count() -> tuple[csr_array, csr_array, int]:
+        first = vocabulary.FirstTokens(Spelling.of(learns.table))
+        samples = 0
 
         def pairs() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            for heard, rendered, j, i in met():
-                positions[0] += len(i)
-                positions[1] += int((rendered.carries > 0).sum())
+            nonlocal samples
+            for heard, rendered in met():
+                samples += 1
+                j, i = shared(heard.boundary, rendered.boundary)
+                content = np.flatnonzero(rendered.carries == Carries.CONTENT)
+                first.add(rendered.ids[content + 1], np.append(False, np.diff(content) == 1))
                 yield heard.ids[j], rendered.ids[i + 1]
 
-        return vocabulary.count_pairs(pairs(), shape), *positions
+        return vocabulary.count_pairs(pairs(), shape), first.counts(), samples
 
     parts = cluster.together(count)
 
     def write() -> dict[str, Any]:
-        counts = csr_array(sum((part[0] for part in parts), csr_array(shape, dtype=np.int64)))
-        taught, wanted = sum(p[1] for p in parts), sum(p[2] for p in parts)
-        if not taught:
+        counts, first = (csr_array(sum((part[n] for part in parts[1:]), parts[0][n])) for n in (0, 1))
+        if not any(part[2] for part in parts):
             raise ValueError(f"{source.name}: its cache {inputs['cache']} has none of these samples; capture it again")
-        matrix = make_map(config.align, reads, learns, counts)
-        vocabulary.save(out.folder / "map.safetensors", matrix)
-        return _facts(matrix, counts, taught, wanted, cache, learns.table.digest)
+        made = make_map(config.align, reads, learns, counts, first)
+        made.save(out.folder / "map.safetensors")
+        used, facts = _measure(projector(made, config.align), made, cache, corpus, learns)
+        facts["ids seen"] = round(float((np.diff(counts.indptr) > 0).mean()), 4)
+        write_json(out.folder / "map.json", {**facts, **examples(made, used)})
+        return {"target tokenizer": learns.table.digest, **facts}
 
     return cluster.on_main(write)
 
 
-def make_map(settings: Align, source: Renderer, target: Renderer, counts: csr_array) -> csr_array:
-    """The map that the config names: its kind first, then the end of text, then the fallback.
+def make_map(settings: Align, source: Renderer, target: Renderer, counts: csr_array, first: csr_array) -> Map:
+    """The map that the config names: its first kind, then the end of text, then its other kinds.
 
     A source with the target's own vocabulary needs no map but the identity, and loses nothing.
+
+    Args:
+        settings: the config's `align`.
+        source: the renderer of the model that teaches.
+        target: that of the model that learns.
+        counts: int64 (source ids, target ids), see `vocabulary.count_pairs`.
+        first: int64 (target ids, target ids), see `vocabulary.FirstTokens`.
     """
     tables = (source.table, target.table)
+    shape = (len(source.table), len(target.table))
     if source.table.digest == target.table.digest:
-        return vocabulary.identity(len(source.table))
-    if settings.map in ("soft", "hard"):
-        first = vocabulary.statistics(counts, settings.map == "hard", settings.targets_per_token)
+        matrix = vocabulary.identity(shape[0])
     else:
-        first = vocabulary.exact(*tables) if settings.map == "exact" else vocabulary.prefix(*tables)
-    maps = [first, vocabulary.pair(source.end_id, target.end_id, (len(source.table), len(target.table)))]
-    if settings.fallback != "none":
-        maps.append(_FALLBACKS[settings.fallback](*tables))
-    return vocabulary.chain(*maps)
+        made = {
+            "soft": lambda: vocabulary.statistics(counts, False, shape[1]),
+            "hard": lambda: vocabulary.statistics(counts, True, 1),
+            "exact": lambda: vocabulary.exact(*tables),
+            "prefix": lambda: vocabulary.prefix(*tables),
+            "min_edit": lambda: nearest_strings(source, target),
+        }
+        head, *rest = (made[kind]() for kind in settings.maps)
+        matrix = vocabulary.chain(head, vocabulary.pair(source.end_id, target.end_id, shape), *rest)
+    shares = vocabulary.statistics(first, False, 8)
+    return Map(matrix, shares, Spelling.of(source.table), Spelling.of(target.table))
 
 
-def _facts(matrix: csr_array, counts: csr_array, taught: int, wanted: int, cache: Cache, target: str) -> dict[str, Any]:
-    """Coverage of positions, of ids, and of probability mass on a part of the corpus."""
-    kept, whole = 0.0, 0.0
-    for n, id in enumerate(cache.ids()):
-        if n == 64:
+def nearest_strings(source: Renderer, target: Renderer) -> csr_array:
+    """FuseLLM's map: token strings, their space marks made equal, to the nearest by edit distance."""
+    words = [token_strings(side.tokenizer, side.table) for side in (source, target)]
+    marks = space_mark(words[0], source.table), space_mark(words[1], target.table)
+    return min_edit(words[0], words[1], marks)
+
+
+def _measure(
+    hears: Projector, made: Map, cache: Cache, corpus: Corpus, target: Renderer
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """How much each source id is used, and the map's figures on a part of the corpus."""
+    used, taught, wanted, mass, samples = np.zeros(len(made.source)), 0, 0, [0.0, 0.0], 0
+    bits, length = [0.0, 0.0], [0, 0]
+    for sample in corpus:
+        heard = cache.get(sample.id)
+        if heard is None:
+            continue
+        rendered = target.render(sample)
+        at = np.flatnonzero(rendered.carries)
+        labels = rendered.ids[at + 1]
+        rows, said = hears.project(heard, rendered.boundary[at], labels, len(made.target))
+        known = heard.entries.ids < len(used)
+        used += np.bincount(heard.entries.ids[known], heard.entries.probs[known], len(used))
+        taught, wanted = taught + len(rows), wanted + len(at)
+        mass[0] += float(heard.entries.probs.sum(dtype=np.float64))
+        mass[1] += float((heard.entries.probs * made.rows_mass[np.minimum(heard.entries.ids, len(used))]).sum())
+        probs = np.zeros(len(rows))
+        row_of = np.repeat(np.arange(len(rows)), np.diff(said.offsets))
+        right = said.ids == labels[rows][row_of]
+        probs[row_of[right]] = said.probs[right]
+        content = rendered.carries[at][rows] == Carries.CONTENT
+        bits[0] -= float(np.log2(np.maximum(probs[content], 1e-9)).sum())
+        length[0] += int(made.target.lengths[labels[rows][content]].sum())
+        spoken = heard.carries == Carries.CONTENT
+        bits[1] -= float(heard.logp[spoken].sum(dtype=np.float64)) / float(np.log(2))
+        length[1] += int(made.source.lengths[heard.ids[spoken]].sum())
+        samples += 1
+        if samples == _MEASURED:
             break
-        entries = cache.get(id).entries  # type: ignore[union-attr]
-        kept += float(project(entries, np.arange(len(entries)), matrix, matrix.shape[1]).probs.sum(dtype=np.float64))
-        whole += float(entries.probs.sum(dtype=np.float64))
-    return {
-        "target tokenizer": target,
-        "positions taught": taught,
-        "positions": wanted,
+    return used, {
         "coverage": round(taught / max(wanted, 1), 4),
-        "ids mapped": round(float((np.diff(matrix.indptr) > 0).mean()), 4),
-        "ids seen": round(float((np.diff(counts.indptr) > 0).mean()), 4),
-        "mass kept": round(kept / max(whole, 1e-9), 4),
+        "ids mapped": round(float((np.diff(made.matrix.indptr) > 0).mean()), 4),
+        "mass mapped": round(mass[1] / max(mass[0], 1e-9), 4),
+        "bits per byte": round(bits[0] / max(length[0], 1), 4),
+        "source bits per byte": round(bits[1] / max(length[1], 1), 4),
     }

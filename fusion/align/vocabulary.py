@@ -1,13 +1,12 @@
 """Maps between vocabularies: sparse matrices W (source ids × target ids) whose rows sum to at most 1."""
 
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
 from scipy.sparse import csr_array
 
-from fusion.artifact import atomic
+from fusion.align.spelling import Spelling
+from fusion.align.trie import make_trie, walks
 from fusion.tokens.bytes import ByteTable, Kind
 
 
@@ -64,6 +63,38 @@ def count_pairs(pairs: Iterable[tuple[np.ndarray, np.ndarray]], shape: tuple[int
     return csr_array(total + _count(waiting, shape))
 
 
+class FirstTokens:
+    """Counts which token the target's text begins with where the longest token that it could begin with is another.
+
+    A tokenizer does not always take the longest (GPT-2 leaves the last of a run of spaces to the word after it), so the
+    longest is a row here, and what was taken a column.
+    """
+
+    def __init__(self, target: Spelling):
+        self._trie, self._target = make_trie(target), target
+        self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def add(self, ids: np.ndarray, follows: np.ndarray) -> None:
+        """Count a text's tokens.
+
+        Args:
+            ids: int32 (n,), tokens one after the other.
+            follows: bool (n,), whether the token before stands right before it in the text; the first one's is ignored.
+        """
+        sizes = self._target.lengths[ids]
+        flat = np.concatenate([np.zeros(0, np.uint8), *(np.frombuffer(self._target.piece(i), np.uint8) for i in ids)])
+        ends = np.cumsum(sizes)
+        breaks = np.append(np.flatnonzero(~follows[1:]), len(ids) - 1)  # where a run of the text ends
+        stops = ends[breaks[np.searchsorted(breaks, np.arange(len(ids)))]]
+        _, longest = walks(self._trie.slots, self._trie.bits, self._trie.nodes, flat, ends - sizes, stops)
+        known = (longest >= 0) & (sizes > 0)
+        self._waiting.append((longest[known], ids[known]))
+
+    def counts(self) -> csr_array:
+        """int64 (target ids, target ids)."""
+        return count_pairs(self._waiting, (len(self._target), len(self._target)))
+
+
 def _count(keys: list[np.ndarray], shape: tuple[int, int]) -> csr_array:
     values, counts = np.unique(np.concatenate([np.zeros(0, np.int64), *keys]), return_counts=True)
     return csr_array((counts.astype(np.int64), (values // shape[1], values % shape[1])), shape=shape)
@@ -94,24 +125,6 @@ def widest(matrix: csr_array, width: int) -> csr_array:
     place = np.arange(len(order)) - matrix.indptr[rows[order]]
     kept = np.sort(order[place < width])
     return csr_array((matrix.data[kept], (rows[kept], matrix.indices[kept])), shape=matrix.shape)
-
-
-def save(path: Path, matrix: csr_array) -> None:
-    """Write a map as safetensors."""
-    tensors = {
-        "values": matrix.data.astype(np.float32),
-        "columns": matrix.indices.astype(np.int32),
-        "rows": matrix.indptr.astype(np.int64),
-        "shape": np.array(matrix.shape, dtype=np.int64),
-    }
-    with atomic(path) as part:
-        save_file(tensors, part)
-
-
-def load(path: Path) -> csr_array:
-    """Read a map."""
-    tensors = load_file(path)
-    return csr_array((tensors["values"], tensors["columns"], tensors["rows"]), shape=tuple(tensors["shape"]))
 
 
 def _spelled(table: ByteTable) -> list[tuple[int, bytes]]:

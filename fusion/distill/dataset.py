@@ -6,14 +6,13 @@ from typing import Literal
 
 import numpy as np
 import torch
-from scipy.sparse import csr_array
 from torch.utils.data import Dataset
 
-from fusion.align.project import project
-from fusion.align.spans import shared
+from fusion.align.project import mix
+from fusion.align.projector import Projector
 from fusion.capture.cache import Cache
 from fusion.distill.gate import choose
-from fusion.records import Heard, Rendered, Sample, Sparse
+from fusion.records import Rendered, Sample, Sparse
 from fusion.tokens.batch import pad
 from fusion.tokens.render import Renderer
 
@@ -22,14 +21,14 @@ _MEMORY = 512 * 2**20  # bytes of finished examples that a rank keeps
 
 @dataclass(frozen=True)
 class Teacher:
-    """A source as a target hears it: its cache and the map to the target's ids.
+    """A source as a target hears it: its cache, and what turns that into the target's ids.
 
-    Without a map it takes part in the gate and says nothing: a sample that it would win is left to its labels.
+    Without a projector it takes part in the gate and says nothing: a sample that it would win is left to its labels.
     """
 
     name: str
     cache: Cache
-    matrix: csr_array | None
+    projector: Projector | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,48 +113,37 @@ class FusionDataset(Dataset):
         heard = {t.name: h for t in self.teachers if (h := t.cache.get(self.samples[n].id)) is not None}
         weights = choose({name: h.bits_per_byte() for name, h in heard.items()}, self.gate)
         teacher = np.full(len(at), -1, dtype=np.int64)
+        labels = rendered.ids[at + 1]
         parts: list[tuple[float, np.ndarray, Sparse]] = []
-        speaking = [(n, t, t.matrix) for n, t in enumerate(self.teachers) if t.name in weights and t.matrix is not None]
+        speaking = [
+            (n, t.name, t.projector)
+            for n, t in enumerate(self.teachers)
+            if t.name in weights and t.projector is not None
+        ]
         k = self.k if len(speaking) < 2 else len(self.renderer.table)  # of several, the mean is cut and not its parts
-        for number, source, matrix in speaking:
-            rows, taught = _hear(heard[source.name], rendered.boundary[at], matrix, k)
-            parts.append((weights[source.name], rows, taught))
+        for number, name, projector in speaking:
+            rows, taught = projector.project(heard[name], rendered.boundary[at], labels, k)
+            parts.append((weights[name], rows, taught))
             teacher[rows] = np.where(teacher[rows] < 0, number, teacher[rows])
-        taught = _mix(parts, len(at), len(self.renderer.table), self.k)
+        taught = _mix(parts, labels, len(self.renderer.table), self.k)
         teacher[np.diff(taught.offsets) == 0] = -1
-        return Example(rendered.ids, at, rendered.ids[at + 1].astype(np.int64), teacher, taught)
+        return Example(rendered.ids, at, labels.astype(np.int64), teacher, taught)
 
     def lengths(self) -> list[int]:
         """Tokens of each sample."""
         return [len(r.ids) for r in self.rendered]
 
 
-def _hear(heard: Heard, places: np.ndarray, matrix: csr_array, k: int) -> tuple[np.ndarray, Sparse]:
-    """The rows among `places` at which a source stands too, and what it says there in the target's ids."""
-    source_at, rows = shared(heard.boundary, places)
-    taught = project(heard.entries, source_at, matrix, k)
-    counts = np.diff(taught.offsets)
-    said = counts > 0  # a row that the map loses whole teaches nothing, and must not weigh in the mean of the others
-    return rows[said], Sparse(np.append(0, np.cumsum(counts[said])), taught.ids, taught.probs)
-
-
-def _mix(parts: list[tuple[float, np.ndarray, Sparse]], n: int, width: int, k: int) -> Sparse:
-    """The weighted mean, at each of n positions, of the sources that teach it."""
-    total, shares = csr_array((n, width)), np.zeros(n)
-    for weight, rows, taught in parts:
-        spread = np.zeros(n + 1, dtype=np.int64)
-        spread[rows + 1] = np.diff(taught.offsets)
-        total = total + weight * csr_array((taught.probs, taught.ids, np.cumsum(spread)), shape=(n, width))
+def _mix(parts: list[tuple[float, np.ndarray, Sparse]], labels: np.ndarray, width: int, k: int) -> Sparse:
+    """The weighted mean, at each position, of the sources that teach it; its label is kept among the entries."""
+    weights, shares = [], np.zeros(len(labels))
+    for weight, rows, _ in parts:
         shares[rows] += weight
-    scale = np.divide(1, shares, out=np.zeros(n), where=shares > 0)
-    total = csr_array(total.multiply(scale[:, None]))
-    whole = Sparse(total.indptr.astype(np.int64), total.indices.astype(np.int32), total.data.astype(np.float32))
-    return whole if len(parts) < 2 else project(whole, np.arange(n), csr_array(_eye(width)), k)
-
-
-def _eye(width: int) -> csr_array:
-    each = np.arange(width)
-    return csr_array((np.ones(width), (each, each)), shape=(width, width))
+    for weight, rows, _ in parts:
+        weights.append(weight / shares[rows])
+    whole = Sparse.joined([taught for _, _, taught in parts])
+    rows = np.concatenate([np.zeros(0, dtype=np.int64), *(rows for _, rows, _ in parts)])
+    return mix(whole, rows, np.concatenate([np.zeros(0), *weights]), labels, width, k)
 
 
 def collate(examples: Sequence[Example], label_weight: float) -> dict[str, torch.Tensor]:

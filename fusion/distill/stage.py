@@ -5,13 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from scipy.sparse import csr_array
-
 from fusion import cluster, hub
-from fusion.align import vocabulary
+from fusion.align.map import Map
+from fusion.align.projector import Projector, projector
 from fusion.artifact import Artifact
 from fusion.capture.cache import Cache
-from fusion.config import Config
+from fusion.config import Align, Config
 from fusion.corpus import Corpus
 from fusion.distill.dataset import FusionDataset, Teacher
 from fusion.tokens.render import Renderer
@@ -50,7 +49,7 @@ def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, 
     tokenizer = hub.load_tokenizer(pivot, inputs["pivot"])
     renderer = Renderer(tokenizer, "pivot", hub.template_of(pivot))
     names = [name.removeprefix("cache/") for name in inputs if name.startswith("cache/")]
-    teachers = [Teacher(n, Cache(inputs[f"cache/{n}"], name=n), _map(inputs.get(f"map/{n}"))) for n in names]
+    teachers = [_teacher(n, inputs, config.align, renderer) for n in names]
     dataset = FusionDataset(
         list(Corpus(inputs["prepare"], "train")),
         renderer,
@@ -86,5 +85,10 @@ def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, 
     return {**figures, "history": history}
 
 
-def _map(folder: Path | None) -> csr_array | None:
-    return None if folder is None else vocabulary.load(folder / "map.safetensors")
+def _teacher(name: str, inputs: Mapping[str, Path], settings: Align, target: Renderer) -> Teacher:
+    cache, folder = Cache(inputs[f"cache/{name}"], name=name), inputs.get(f"map/{name}")
+    hears: Projector | None = None
+    if folder is not None:
+        map = Map.load(folder / "map.safetensors", cache.facts["tokenizer"], target.table.digest)
+        hears = projector(map, settings)
+    return Teacher(name, cache, hears)

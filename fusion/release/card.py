@@ -108,7 +108,7 @@ def _settings(summary: Summary, config: Config) -> str:
     distill, merge = config.distill, summary.merge
     told = {
         "kept of each source": f"{config.capture.sampler}, k {config.capture.k}",
-        "vocabulary map": f"{config.align.map}, else {config.align.fallback}",
+        "vocabulary map": ", else ".join(config.align.maps) + (", along the text" if config.align.follow else ""),
         "topology": distill.topology,
         "gate": f"{distill.gate}; the pivot {_PIVOT[distill.pivot]}",
         "label weight": distill.label_weight,

@@ -31,7 +31,7 @@ def page_html(summary: Summary, figures: dict[str, dict[str, str]]) -> str:
         verdict=verdict(summary),
         scores=scores,
         figures=figures,
-        align=_rows(summary, "align", ("coverage", "ids mapped", "ids seen", "mass kept"), "{:.1%}"),
+        align=_rows(summary, "align", ("coverage", "ids mapped", "ids seen", "mass mapped"), "{:.1%}"),
         cache=_cache_rows(summary),
         seconds=seconds,
         slowest=max((t for _, t in seconds if t), default=1),
@@ -153,7 +153,7 @@ rest had the label alone.{% endcall %}
 <h2>Alignment</h2>
 <p>Coverage: positions of the target that a source could teach. Ids: of the source's vocabulary. Mass kept:
 probability that the map carries over.</p>
-{{ table(["source", "coverage", "ids mapped", "ids seen", "mass kept"], align) }}
+{{ table(["source", "coverage", "ids mapped", "ids seen", "mass mapped"], align) }}
 <h2>Caches</h2>
 {{ table(["source", "samples", "tokens", "bytes a token", "train bits per byte", "tokens a second", "MB"],
          cache) }}

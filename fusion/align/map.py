@@ -1,0 +1,99 @@
+"""A pair's map as the align stage leaves it: the matrix, and what it needs of both vocabularies, in one file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from scipy.sparse import csr_array
+
+from fusion.align.spelling import Spelling
+from fusion.artifact import atomic
+
+
+@dataclass(frozen=True)
+class Map:
+    """From a source's vocabulary to a target's.
+
+    Attributes:
+        matrix: W (source ids, target ids), rows sum to at most 1.
+        first: (target ids, target ids), the share of each token among the target's first tokens where the longest token
+            that the text begins with is the row's; an empty row stands for that token itself.
+        source: what the source's ids spell.
+        target: what the target's ids spell.
+    """
+
+    matrix: csr_array
+    first: csr_array
+    source: Spelling
+    target: Spelling
+
+    def __post_init__(self) -> None:
+        assert self.matrix.shape == (len(self.source), len(self.target))
+        assert self.first.shape == (len(self.target), len(self.target))
+
+    @property
+    def rows_mass(self) -> np.ndarray:
+        """float64 (source ids + 1,), the share of each id's mass that has a target; the last is that of ids beyond."""
+        return np.append(np.asarray(self.matrix.sum(axis=1), dtype=np.float64), 0.0)
+
+    def save(self, path: Path) -> None:
+        """Write it as safetensors."""
+        tensors = {**_packed("matrix", self.matrix), **_packed("first", self.first)}
+        for side, spelling in (("source", self.source), ("target", self.target)):
+            tensors[f"{side}.bytes"] = spelling.flat
+            tensors[f"{side}.offsets"] = spelling.offsets
+            tensors[f"{side}.kinds"] = spelling.kinds
+        with atomic(path) as part:
+            save_file(tensors, part, {"source": self.source.digest, "target": self.target.digest})
+
+    @staticmethod
+    def load(path: Path, source: str | None = None, target: str | None = None) -> "Map":
+        """Read a map.
+
+        Args:
+            path: a `map.safetensors`.
+            source: digest that the source's byte table must have, None to take any.
+            target: likewise the target's.
+
+        Raises:
+            ValueError: there is no map, it is damaged, or it was made for another pair.
+        """
+        try:
+            with safe_open(path, "np") as file:
+                digests = file.metadata() or {}
+                tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            spellings = [
+                Spelling(tensors[f"{side}.bytes"], tensors[f"{side}.offsets"], tensors[f"{side}.kinds"], digests[side])
+                for side in ("source", "target")
+            ]
+            matrices = [_unpacked(name, tensors) for name in ("matrix", "first")]
+        except FileNotFoundError:
+            raise ValueError(f"{path}: there is no map; run the align stage first") from None
+        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+            raise ValueError(f"{path}: is no map of this version ({error}); run the align stage again") from None
+        for side, wanted, found in (("source", source, digests["source"]), ("target", target, digests["target"])):
+            if wanted is not None and wanted != found:
+                raise ValueError(
+                    f"{path}: was made for another pair: its {side}'s vocabulary is not this {side}'s; "
+                    "run the align stage again"
+                )
+        return Map(matrices[0], matrices[1], spellings[0], spellings[1])
+
+
+def _packed(name: str, matrix: csr_array) -> dict[str, np.ndarray]:
+    return {
+        f"{name}.values": matrix.data.astype(np.float32),
+        f"{name}.columns": matrix.indices.astype(np.int32),
+        f"{name}.rows": matrix.indptr.astype(np.int64),
+        f"{name}.shape": np.array(matrix.shape, dtype=np.int64),
+    }
+
+
+def _unpacked(name: str, tensors: dict[str, Any]) -> csr_array:
+    arrays = (tensors[f"{name}.{part}"] for part in ("values", "columns", "rows"))
+    matrix = csr_array(tuple(arrays), shape=tuple(int(n) for n in tensors[f"{name}.shape"]))
+    matrix.check_format(full_check=True)
+    return matrix
