@@ -26,7 +26,9 @@ from fusion.align.trie import HIGH, LONGER, LOW, TOKEN, make_trie, step, walk, w
 from fusion.align.vocabulary import widest
 from fusion.records import Heard, Sparse
 
-KNOWN = 0.5  # inside a token: least share of the mass that may have led here which stands in the kept entries
+# Inside a token: the least share of the mass that may have led there which must stand in the kept entries. With less the
+# token that followed is nearly all that is known, and would be taught as sure (docs/log.md).
+KNOWN = 0.2
 _SETTLED = 0.01  # a row whose longer tokens hold less of it than this is not followed any further
 _NEGLIGIBLE = 1e-4  # nor is mass below this
 _TINY = 1e-9  # less is not written down
@@ -49,10 +51,11 @@ class Follower:
         map: the pair's map.
         width: entries of a row of W that a token which did not follow is spread over, the largest ones.
         inside: teach target positions inside a source's token too.
+        known: where at least this share of the mass that may have led there stands in the kept entries.
     """
 
-    def __init__(self, map: Map, width: int, inside: bool = True):
-        self.map, self.inside = map, inside
+    def __init__(self, map: Map, width: int, inside: bool = True, known: float = KNOWN):
+        self.map, self.inside, self.known = map, inside, known
         trie, source = make_trie(map.target), map.source
         self._trie = (trie.slots, trie.bits, trie.nodes, trie.ids)
         self._spread = _rows(widest(map.matrix, width), None)
@@ -94,7 +97,7 @@ class Follower:
             self._trie,
             self._whole,
             self._bag,
-            self.inside,
+            self.known if self.inside else np.inf,
             k,
         )
         counts = np.diff(offsets)
@@ -195,7 +198,7 @@ def _open(ends, ranked, nodes):  # type: ignore[no-untyped-def]  # pragma: no co
 
 
 @njit(cache=True, nogil=True)
-def _follow(heard, entries, wanted, spelled, spread, ranked, first, trie, whole, bag, inside, k):  # type: ignore[no-untyped-def]  # pragma: no cover
+def _follow(heard, entries, wanted, spelled, spread, ranked, first, trie, whole, bag, least, k):  # type: ignore[no-untyped-def]  # pragma: no cover
     tokens, places, follows = heard
     offsets, kept_ids, probs = entries
     targets, keep = wanted
@@ -233,7 +236,7 @@ def _follow(heard, entries, wanted, spelled, spread, ranked, first, trie, whole,
             if length == 0:
                 size = _put_row(mass, used, size, ss, sc, sv, followed, share)
                 share = 0.0
-        elif inside and read < length and at + 1 < len(tokens) and places[at + 1] == places[at] + length:
+        elif least <= 1 and read < length and at + 1 < len(tokens) and places[at + 1] == places[at] + length:
             known, left, row = share, 1.0 - share, np.int64(-1)
             for e in range(offsets[at], offsets[at + 1]):
                 t = kept_ids[e]
@@ -258,7 +261,7 @@ def _follow(heard, entries, wanted, spelled, spread, ranked, first, trie, whole,
                         mass, used, size, probs[e], node, longest, -1, rs, rc, rv, rr, fs, fc, fv, nodes, ids
                     )
             left = max(left, 0.0)
-            if known < KNOWN * (known + left):
+            if known < least * (known + left):
                 for m in range(size):
                     mass[used[m]] = 0.0
                 continue
