@@ -79,11 +79,11 @@ def main() -> None:
     pairs = [(t, given.model) for t in given.target or []] if given.model else pairs_of(given.target, given.source)
     figures: list[dict[str, Any]] = []
     for target_name, source_name in pairs:
-        target, source = renderer_of(target_name), renderer_of(source_name)
+        target, source = (renderer_of(n, given.template) for n in (target_name, source_name))
         counts = counted(source, target, texts)
         settings = {"map alone": Align(follow=False), "followed": Align()}
         ours = {n: projector(make_map(s, source, target, *counts), s) for n, s in settings.items()}
-        model = Source(given.model) if given.model else None
+        model = Source(given.model, given.template) if given.model else None
         vocabulary = target.tokenizer.get_vocab()
         marks = mark_of(source), mark_of(target)
         nearest = min_edit(words_of(source), words_of(target), marks).tocoo()

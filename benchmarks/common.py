@@ -13,7 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
 
-from fusion.records import Carries, Heard, Sample, Sparse, sample_id
+from fusion.records import Carries, Heard, Message, Sample, Sparse, sample_id
 from fusion.tokens.render import Renderer
 from fusion.tokens.words import space_mark, token_strings
 
@@ -57,17 +57,23 @@ def mark_of(renderer: Renderer) -> str:
 
 
 def samples_of(paths: Sequence[str | Path], limit: int | None = None, most: int | None = None) -> list[Sample]:
-    """Texts of JSON-lines files, `limit` of each domain spread over them, cut at `most` characters."""
+    """Texts and chats of JSON-lines files, `limit` of each domain spread over them.
+
+    Texts are cut at `most` characters, longer chats left out.
+    """
     by_domain: dict[str, list[Sample]] = {}
     for path in paths:
         with Path(path).open() as file:
             for line in file:
                 row = json.loads(line)
-                text = row.get("text")
+                text, turns = row.get("text"), row.get("messages") or ()
+                domain = row.get("domain") or Path(path).stem
                 if text:
                     text = text[:most]
-                    domain = row.get("domain") or Path(path).stem
                     by_domain.setdefault(domain, []).append(Sample(sample_id(text), domain, text, complete=False))
+                elif turns and sum(len(m["content"]) for m in turns) <= (most or 1 << 30):
+                    chat = tuple(Message(m["role"], m["content"]) for m in turns)
+                    by_domain.setdefault(domain, []).append(Sample(sample_id(None, chat), domain, None, chat))
     chosen = []
     for found in by_domain.values():
         apart = max(len(found) // limit, 1) if limit else 1
@@ -107,12 +113,12 @@ def entries_of(renderer: Renderer, sample: Sample, k: int) -> Heard:
 class Source:
     """A causal model that reads texts: its next-token distributions, the k most probable of each."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, template: str = "own"):
         import torch
         from transformers import AutoModelForCausalLM
 
         self.name = Path(name).name
-        self.renderer = renderer_of(name)
+        self.renderer = renderer_of(name, template)
         self.model = AutoModelForCausalLM.from_pretrained(folder_of(name), dtype=torch.float32).eval()
         self.context = getattr(self.model.config, "max_position_embeddings", None) or 1 << 30
 
@@ -158,6 +164,7 @@ def arguments(about: str) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures to a file")
+    parser.add_argument("--template", default="own", help="chat template of both sides: own, plain or a Jinja file")
     return parser
 
 

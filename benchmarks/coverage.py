@@ -27,7 +27,6 @@ def main() -> None:
     parser.add_argument(
         "--text", action="append", help="JSON lines with `text` or `messages`; ../shared/text by default"
     )
-    parser.add_argument("--template", default="own", help="chat template of both: own, plain or a Jinja file")
     parser.add_argument("--limit", type=int, default=60, help="texts a domain")
     given = parser.parse_args()
     samples = samples_of(given.text or [*TEXTS, SHARED / "text/instruct_chat.jsonl"], given.limit, 3000)

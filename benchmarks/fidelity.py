@@ -9,7 +9,7 @@ per byte are over the very same bytes. What a map loses is spread evenly over th
 ten-thousandth to all ids alike, so that no figure is infinite.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -22,7 +22,7 @@ from fusion.align.spans import shared
 from fusion.align.spelling import Spelling
 from fusion.align.stage import make_map
 from fusion.config import Align
-from fusion.records import Carries, Heard, Sample, Sparse
+from fusion.records import Carries, Heard, Rendered, Sample, Sparse
 from fusion.tokens.render import Renderer
 
 EPSILON = 1e-4
@@ -39,13 +39,19 @@ MAPS = {
 Says = Callable[[Heard, np.ndarray, np.ndarray], tuple[np.ndarray, Sparse]]
 
 
-def counted(source: Renderer, target: Renderer, corpus: list[Sample]) -> tuple[Any, Any]:
+def counted(source: Renderer, target: Renderer, corpus: Sequence[Sample]) -> tuple[Any, Any]:
     """What the statistics are counted from, as the align stage does."""
+    return counted_in([source.render(s) for s in corpus], [target.render(s) for s in corpus], source, target)
+
+
+def counted_in(
+    ones: Sequence[Rendered], twos: Sequence[Rendered], source: Renderer, target: Renderer
+) -> tuple[Any, Any]:
+    """The same of texts that both have read."""
     first = vocabulary.FirstTokens(Spelling.of(target.table))
 
     def pairs() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for sample in corpus:
-            one, two = source.render(sample), target.render(sample)
+        for one, two in zip(ones, twos, strict=True):
             at = np.flatnonzero(two.carries == Carries.CONTENT)
             first.add(two.ids[at + 1], np.append(False, np.diff(at) == 1))
             carried = [np.where(r.carries > 0, r.boundary, -1) for r in (one, two)]
@@ -148,16 +154,22 @@ def main() -> None:
     corpus = samples_of(given.count or [SHARED / "zoo/fuse.jsonl"], given.count_limit)
     ks = given.k or [64, 1024]
     everyone = [p.name for kind in ("tokenizers", "zoo", "models") for p in sorted((SHARED / kind).glob("*/"))]
-    targets = cache(renderer_of)
+
+    @cache
+    def target_of(other: str) -> tuple[Renderer, list[Rendered]]:
+        renderer = renderer_of(other, given.template)
+        return renderer, [renderer.render(s) for s in corpus]
+
     figures: list[dict[str, Any]] = []
     for name in given.model or MODELS:
-        source = Source(name)
+        source = Source(name, given.template)
+        ones = [source.renderer.render(s) for s in corpus]
         heard = [(s, h) for s in heldout if (h := source.read(s, max(ks))) is not None]
         for other in given.target or everyone:
             if folder_of(other) == folder_of(name):
                 continue
-            target = targets(other)
-            counts = counted(source.renderer, target, corpus)
+            target, twos = target_of(other)
+            counts = counted_in(ones, twos, source.renderer, target)
             ways: dict[str, Says] = {m: published(source.renderer, target, m) for m in ("fusellm", "fusechat")}
             for label, settings in MAPS.items():
                 made = make_map(settings, source.renderer, target, *counts)

@@ -39,7 +39,7 @@ def main() -> None:
     nearest(["a"], ["b"])  # compiled once, read from a cache after that
     figures: list[dict[str, Any]] = []
     for target_name, source_name in pairs:
-        target, source = renderer_of(target_name), renderer_of(source_name)
+        target, source = (renderer_of(n, given.template) for n in (target_name, source_name))
         marks = mark_of(source), mark_of(target)
         words, others = words_of(source), words_of(target)
         start = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,13 +11,16 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from scipy.sparse import csr_array
 
-from fusion.align import vocabulary
+from fusion.align import report, vocabulary
 from fusion.align.map import Map
 from fusion.align.project import mix, project
 from fusion.align.spans import shared
 from fusion.align.spelling import Spelling
+from fusion.align.stage import make_map
+from fusion.config import Align
 from fusion.records import Sparse
 from fusion.tokens.bytes import ByteTable, Kind
+from fusion.tokens.render import Renderer
 
 T, B, C, U = Kind.TEXT, Kind.BYTE, Kind.CONTROL, Kind.UNUSED
 
@@ -326,3 +330,41 @@ def test_mix_against_dense(seed: int, k: int) -> None:
         order = sorted(np.flatnonzero(whole[row]).tolist(), key=lambda i: (i != keep[row], -whole[row, i]))[:k]
         assert np.flatnonzero(found[row]).tolist() == sorted(order)
         assert found[row, order] == pytest.approx(whole[row, order], rel=1e-5)
+
+
+# ---------------------------------------------------------------- what a reader is told of a map
+
+
+def test_examples_are_the_tokens_that_matter() -> None:
+    source, target = spelled("one", b"a", b"b", b"\xff", b"d", b"e"), spelled("two", b"a", b"b")
+    made = Map(matrix([[1, 0], [0.5, 0.5], [0, 0.25], [0, 0], [0, 1]]), csr_array((2, 2)), source, target)
+    told = report.examples(made, np.array([2.0, 4.0, 3.0, 0.0, 1.0]))
+    assert [e["token"] for e in told["best"]] == ["a", "e"]
+    assert told["worst"] == [
+        {"id": 2, "token": "\\xff", "share of mass": 0.3, "mapped": 0.25, "to": {"b": 0.25}},
+        {"id": 1, "token": "b", "share of mass": 0.4, "mapped": 1.0, "to": {"a": 0.5, "b": 0.5}},
+    ]
+    assert [len(found) for found in report.examples(made, np.ones(5), count=1).values()] == [1, 1]
+    empty = Map(csr_array((1, 2)), csr_array((2, 2)), spelled("one", b"a"), target)
+    assert report.examples(empty, np.zeros(1)) == {"best": [], "worst": []}
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard", "exact", "prefix", "min_edit"])
+def test_every_kind_of_map_by_config(kind: str, byte_level_tokenizer: Any, sentencepiece_tokenizer: Any) -> None:
+    source, target = Renderer(byte_level_tokenizer, "level"), Renderer(sentencepiece_tokenizer, "piece")
+    shape = (len(source.table), len(target.table))
+    one, two = (r.table.pieces.index(b" the") for r in (source, target))
+    counts = csr_array((np.array([3, 1]), (np.array([one, one]), np.array([two, two + 1]))), shape=shape)
+    first = csr_array((shape[1], shape[1]), dtype=np.int64)
+    made = make_map(Align(maps=(kind,)), source, target, counts, first)
+    assert made.matrix.shape == shape and (made.matrix.sum(axis=1) < 1 + 1e-9).all()
+    row = made.matrix[[one]].toarray()[0]
+    assert np.argmax(row) == two and row[two] == (0.75 if kind == "soft" else 1)
+    assert made.matrix[[source.end_id]].toarray()[0].argmax() == target.end_id
+    if kind in ("soft", "hard"):
+        assert np.flatnonzero(made.matrix.sum(axis=1)).tolist() == sorted([one, source.end_id])
+        more = make_map(Align(maps=(kind, "exact")), source, target, counts, first).matrix
+        assert np.array_equal(more[[one]].toarray(), made.matrix[[one]].toarray())
+        assert more.nnz > made.matrix.nnz
+    same = make_map(Align(maps=(kind,)), source, source, counts, csr_array((shape[0], shape[0]), dtype=np.int64))
+    assert np.array_equal(same.matrix.toarray(), np.eye(shape[0]))

@@ -82,8 +82,8 @@ class FirstTokens:
             follows: bool (n,), whether the token before stands right before it in the text; the first one's is ignored.
         """
         sizes = self._target.lengths[ids]
-        flat = np.concatenate([np.zeros(0, np.uint8), *(np.frombuffer(self._target.piece(i), np.uint8) for i in ids)])
         ends = np.cumsum(sizes)
+        flat = self._target.flat[np.repeat(self._target.offsets[ids] - (ends - sizes), sizes) + np.arange(sizes.sum())]
         breaks = np.append(np.flatnonzero(~follows[1:]), len(ids) - 1)  # where a run of the text ends
         stops = ends[breaks[np.searchsorted(breaks, np.arange(len(ids)))]]
         _, longest = walks(self._trie.slots, self._trie.bits, self._trie.nodes, flat, ends - sizes, stops)

@@ -31,7 +31,7 @@ def page_html(summary: Summary, figures: dict[str, dict[str, str]]) -> str:
         verdict=verdict(summary),
         scores=scores,
         figures=figures,
-        align=_rows(summary, "align", ("coverage", "ids mapped", "ids seen", "mass mapped"), "{:.1%}"),
+        align=_align_rows(summary),
         cache=_cache_rows(summary),
         seconds=seconds,
         slowest=max((t for _, t in seconds if t), default=1),
@@ -48,6 +48,13 @@ def _rows(summary: Summary, stage: str, keys: Iterable[str], form: str) -> list[
     """[subject, a figure for each key] of a stage's folders; a dash for what a folder does not tell."""
     told = summary.subjects(stage).items()
     return [[name, *("–" if f.get(k) is None else form.format(f[k]) for k in keys)] for name, f in told]
+
+
+def _align_rows(summary: Summary) -> list[list[str]]:
+    """Shares, and how true the source stays in the target's tokens."""
+    shares = _rows(summary, "align", ("coverage", "ids mapped", "ids seen", "mass mapped"), "{:.1%}")
+    bits = _rows(summary, "align", ("bits per byte", "source bits per byte"), "{:.4f}")
+    return [share + bit[1:] for share, bit in zip(shares, bits, strict=True)]
 
 
 def _cache_rows(summary: Summary) -> list[list[str]]:
@@ -153,7 +160,7 @@ rest had the label alone.{% endcall %}
 <h2>Alignment</h2>
 <p>Coverage: positions of the target that a source could teach. Ids: of the source's vocabulary. Mass kept:
 probability that the map carries over.</p>
-{{ table(["source", "coverage", "ids mapped", "ids seen", "mass mapped"], align) }}
+{{ table(["source", "coverage", "ids mapped", "ids seen", "mass mapped", "bits a byte", "the source's own"], align) }}
 <h2>Caches</h2>
 {{ table(["source", "samples", "tokens", "bytes a token", "train bits per byte", "tokens a second", "MB"],
          cache) }}
