@@ -18,9 +18,11 @@ from common import (
     TEXTS,
     Source,
     arguments,
+    door,
     entries_of,
     mark_of,
     pairs_of,
+    parsed,
     renderer_of,
     samples_of,
     show,
@@ -30,7 +32,7 @@ from common import (
 from fidelity import counted
 from published import align_sample
 
-from fusion.align.edit import min_edit
+from fusion.align.edit import min_edit, replaced
 from fusion.align.projector import projector
 from fusion.align.stage import make_map
 from fusion.config import Align
@@ -45,7 +47,7 @@ def long_samples(samples: list[Sample], target: Renderer, length: int, count: in
     """Texts of about `length` target tokens, made of several."""
     made, text, size = [], "", 0
     for sample in samples:
-        text += str(sample.text) + "\n\n"
+        text += (sample.text or "\n".join(m.content for m in sample.messages)) + "\n\n"
         size += len(target.render(sample).ids)
         if size >= length:
             made.append(Sample(sample_id(text), "mixed", text, complete=False))
@@ -73,10 +75,10 @@ def main() -> None:
     parser.add_argument("--text", action="append", help="JSON lines; ../shared/text by default")
     parser.add_argument("--k", type=int, default=16, help="entries of the source at a position")
     parser.add_argument("--length", type=int, action="append", help="target tokens a sample; 512, 2048 and 8192")
-    given = parser.parse_args()
+    given = parsed(parser)
     texts = samples_of(given.text or TEXTS, 400)
     texts = [texts[n] for n in np.random.default_rng(0).permutation(len(texts))]
-    pairs = [(t, given.model) for t in given.target or []] if given.model else pairs_of(given.target, given.source)
+    pairs = pairs_of(given.target, [given.model] if given.model else given.source)
     figures: list[dict[str, Any]] = []
     for target_name, source_name in pairs:
         target, source = (renderer_of(n, given.template) for n in (target_name, source_name))
@@ -88,14 +90,14 @@ def main() -> None:
         marks = mark_of(source), mark_of(target)
         nearest = min_edit(words_of(source), words_of(target), marks).tocoo()
         words = [words_of(source), words_of(target)]
-        mapping = {str(words[0][i]).replace(*marks): words[1][j] for i, j in zip(*nearest.coords, strict=True)}
+        mapping = {replaced(str(words[0][i]), *marks): words[1][j] for i, j in zip(*nearest.coords, strict=True)}
         for length in given.length or LENGTHS:
             samples = long_samples(texts, target, length, max(65536 // length, 4))
             read = [target.render(s) for s in samples]
             heard = [model.read(s, given.k) if model else entries_of(source, s, given.k) for s in samples]
             done = [(h, r) for h, r in zip(heard, read, strict=True) if h is not None]
             if not done:
-                raise SystemExit(f"error: {source_name} can read no sample of {length} tokens; give --length")
+                raise ValueError(f"{source_name}: can read no text of {length} tokens; give --length")
             at = [np.flatnonzero(r.carries) for _, r in done]
             asked = [(h, r.boundary[a], r.ids[a + 1]) for (h, r), a in zip(done, at, strict=True)]
             tokens = sum(len(a) for a in at)
@@ -157,4 +159,4 @@ def as_lists(heard: Heard) -> list[tuple[list[int], list[float]]]:
 
 
 if __name__ == "__main__":
-    main()
+    door(main)

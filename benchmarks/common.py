@@ -4,7 +4,8 @@ import argparse
 import json
 import os
 import platform
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def folder_of(name: str) -> Path:
     for place in places:
         if place.is_dir():
             return place
-    raise SystemExit(f"error: {name}: no such folder, and none of that name in {SHARED}")
+    raise ValueError(f"{name}: no such folder, and none of that name among the shared ones")
 
 
 def renderer_of(name: str, template: str = "own") -> Renderer:
@@ -65,7 +66,10 @@ def samples_of(paths: Sequence[str | Path], limit: int | None = None, most: int 
     for path in paths:
         with Path(path).open() as file:
             for line in file:
-                row = json.loads(line)
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    raise ValueError(f"{path}: is not JSON lines: {line[:40]!r}") from None
                 text, turns = row.get("text"), row.get("messages") or ()
                 domain = row.get("domain") or Path(path).stem
                 if text:
@@ -78,6 +82,8 @@ def samples_of(paths: Sequence[str | Path], limit: int | None = None, most: int 
     for found in by_domain.values():
         apart = max(len(found) // limit, 1) if limit else 1
         chosen += found[::apart][: limit or None]
+    if not chosen:
+        raise ValueError(f"{', '.join(map(str, paths))}: no row has `text` or `messages`")
     return chosen
 
 
@@ -160,6 +166,23 @@ def content(heard: Heard) -> np.ndarray:
     return heard.carries == Carries.CONTENT
 
 
+def door(main: Callable[[], None]) -> None:
+    """Run a benchmark; what a user got wrong is one line and exit status 2."""
+    try:
+        main()
+    except (ValueError, OSError, KeyError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options given; a place for the figures is asked for before they are taken."""
+    given = parser.parse_args()
+    if given.json is not None and not given.json.resolve().parent.is_dir():
+        raise ValueError(f"--json {given.json}: there is no folder {given.json.resolve().parent}")
+    return given
+
+
 def arguments(about: str) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -171,7 +194,7 @@ def arguments(about: str) -> argparse.ArgumentParser:
 def pairs_of(targets: Sequence[str] | None, sources: Sequence[str] | None) -> list[tuple[str, str]]:
     """Every target with every source, or the six pairs of the README."""
     if bool(targets) != bool(sources):
-        raise SystemExit("error: give --target and --source together")
+        raise ValueError("give --target together with --source or --model")
     return [(t, s) for t in targets for s in sources] if targets and sources else list(PAIRS)
 
 

@@ -12,7 +12,20 @@ the rest is taught something else. `one-hot`: positions where it teaches the tok
 from typing import Any
 
 import numpy as np
-from common import SHARED, TEXTS, arguments, mark_of, pairs_of, renderer_of, samples_of, show, words_of, write
+from common import (
+    SHARED,
+    TEXTS,
+    arguments,
+    door,
+    mark_of,
+    pairs_of,
+    parsed,
+    renderer_of,
+    samples_of,
+    show,
+    words_of,
+    write,
+)
 
 from fusion.align import paper
 from fusion.align.edit import min_edit
@@ -28,7 +41,7 @@ def main() -> None:
         "--text", action="append", help="JSON lines with `text` or `messages`; ../shared/text by default"
     )
     parser.add_argument("--limit", type=int, default=60, help="texts a domain")
-    given = parser.parse_args()
+    given = parsed(parser)
     samples = samples_of(given.text or [*TEXTS, SHARED / "text/instruct_chat.jsonl"], given.limit, 3000)
     figures: list[dict[str, Any]] = []
     for target_name, source_name in pairs_of(given.target, given.source):
@@ -50,8 +63,6 @@ def main() -> None:
             within = ~met & (place >= 0)
             row = sums.setdefault(sample.domain, np.zeros(7))
             row += [len(at), met.sum(), within.sum(), 0, 0, 0, 0]
-            if sample.text is None:
-                continue  # the published procedure aligns plain token sequences
             ids = [r.ids[np.flatnonzero(r.carries == Carries.CONTENT) + 1] for r in (one, two)]
             first, stop = paper.pairs(known, ids[0], ids[1], "fusellm")
             taught = paper.taught(known, ids[0], ids[1], first, stop, "fusellm", mapping)
@@ -83,4 +94,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    door(main)

@@ -10,6 +10,8 @@ from typing import Any
 import editdistance
 import numpy as np
 
+from fusion.align.edit import replaced
+
 Entries = list[tuple[list[int], list[float]]]  # of each position: ids, most probable first, and their logits
 
 
@@ -81,7 +83,7 @@ def align_sample(
     result: Entries = []
     for i, partners in enumerate(warp(source, target, cost_of(marks, method))):
         token = target[i]
-        spelled = source[partners[0]].replace(*marks)
+        spelled = replaced(source[partners[0]], *marks)
         if method == "fusechat":
             fits = len(partners) == 1 and token in spelled
         else:
@@ -92,7 +94,7 @@ def align_sample(
         ids: list[int] = []
         logits: list[float] = []
         for id, logit in zip(*entries[partners[0]], strict=True):
-            found = mapping.get(source_tokenizer.convert_ids_to_tokens([id])[0].replace(*marks))
+            found = mapping.get(replaced(source_tokenizer.convert_ids_to_tokens([id])[0], *marks))
             if found is not None and found in vocabulary and vocabulary[found] not in ids:
                 ids.append(vocabulary[found])
                 logits.append(logit)
@@ -109,7 +111,7 @@ def min_edit(source: Mapping[str, int], target: Mapping[str, int], marks: tuple[
     """
     result = {}
     for token in source:
-        spelled = token.replace(*marks)
+        spelled = replaced(token, *marks)
         if spelled in target:
             result[spelled] = spelled
         else:

@@ -12,11 +12,11 @@ import time
 from typing import Any
 
 import numpy as np
-from common import TEXTS, arguments, mark_of, pairs_of, renderer_of, samples_of, show, words_of, write
+from common import TEXTS, arguments, door, mark_of, pairs_of, parsed, renderer_of, samples_of, show, words_of, write
 from fidelity import counted
 from published import min_edit as published_min_edit
 
-from fusion.align.edit import min_edit, nearest
+from fusion.align.edit import min_edit, nearest, replaced
 
 MEGABYTES = 10
 TRIED = 40  # source tokens that the published way is timed on
@@ -26,14 +26,15 @@ def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--target", action="append", help="a target tokenizer's folder, or its name in ../shared")
     parser.add_argument("--source", action="append", help="a source tokenizer's folder, or its name in ../shared")
+    parser.add_argument("--model", action="append", dest="source", help="a source model's folder, for its tokenizer")
     parser.add_argument("--text", action="append", help="JSON lines; ../shared/text by default")
-    given = parser.parse_args()
+    given = parsed(parser)
     pairs = pairs_of(given.target, given.source)
     pairs += [] if given.target else [("llama3", "qwen2.5")]
     corpus, size = [], 0
     for sample in samples_of(given.text or TEXTS):
         corpus.append(sample)
-        size += len(str(sample.text).encode())
+        size += sum(len(segment.encode()) for segment in sample.segments())
         if size >= MEGABYTES * 1e6:
             break
     nearest(["a"], ["b"])  # compiled once, read from a cache after that
@@ -47,12 +48,12 @@ def main() -> None:
         seconds = time.perf_counter() - start
         mapped = dict(zip(found.coords[0].tolist(), found.coords[1].tolist(), strict=True))
         known = {w: i for i, w in enumerate(others) if w is not None}
-        unlike = [i for i, w in enumerate(words) if w is not None and w.replace(*marks) not in known]
+        unlike = [i for i, w in enumerate(words) if w is not None and replaced(w, *marks) not in known]
         tried = np.random.default_rng(0).permutation(unlike)[:TRIED].tolist()
         start = time.perf_counter()
         theirs = published_min_edit({str(words[i]): i for i in tried}, known, marks)
         each = (time.perf_counter() - start) / max(len(tried), 1)
-        differ = sum(theirs[str(words[i]).replace(*marks)] != others[mapped[i]] for i in tried)
+        differ = sum(theirs[replaced(str(words[i]), *marks)] != others[mapped[i]] for i in tried)
         start = time.perf_counter()
         counted(source, target, corpus)
         told = {
@@ -95,4 +96,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    door(main)

@@ -16,9 +16,9 @@ from fusion.config import Config, Model
 # stage → its module, and the number of its format: raised when the same settings no longer give the same bytes
 STAGES = {
     "prepare": ("data_prep.stage", 1),
-    "capture": ("fusion.capture.stage", 1),
-    "align": ("fusion.align.stage", 1),
-    "distill": ("fusion.distill.stage", 1),
+    "capture": ("fusion.capture.stage", 2),
+    "align": ("fusion.align.stage", 2),
+    "distill": ("fusion.distill.stage", 2),
     "merge": ("fusion.merge.stage", 1),
     "release": ("fusion.release.stage", 1),
 }

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from scipy.sparse import csr_array
 
 from fusion.align import report, vocabulary
@@ -222,9 +222,37 @@ def test_a_map_of_another_pair_or_no_map(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(ValueError, match="is no map of this version"):
         Map.load(path)
+
+    def damaged(**changes: np.ndarray) -> None:
+        made = Map(matrix([[0.5, 0.25]]), csr_array((2, 2)), spelled("one", b"a"), spelled("two", b"a", b"bc"))
+        made.save(path)
+        tensors = load_file(path) | {n.replace("__", "."): a for n, a in changes.items()}
+        save_file(tensors, path, {"source": "one", "target": "two"})
+        Map.load(path)
+
+    damaged()
+    for changes in (
+        {"matrix__shape": np.array([5, 8])},
+        {"matrix__values": np.array([0.5, np.nan], np.float32)},
+        {"matrix__values": np.array([0.5, -1], np.float32)},
+        {"matrix__columns": np.array([0, 7], np.int32)},
+        {"target__offsets": np.array([0, 1, 3000])},
+        {"target__offsets": np.array([0, 3])},
+        {"target__offsets": np.array([0, 5, 3])},
+    ):
+        with pytest.raises(ValueError, match="is no map of this version .*run the align stage again"):
+            damaged(**changes)
     save_file({"values": np.zeros(3)}, path)  # what version 0.1.0 wrote had no bytes of vocabularies
     with pytest.raises(ValueError, match="run the align stage again"):
         Map.load(path)
+
+
+def test_first_tokens_do_not_reach_over_what_spells_nothing() -> None:
+    target = Spelling.of(replace(table((b"a", T), (b"b", T), (b"ab", T), (b"", C)), digest="x"))
+    first = vocabulary.FirstTokens(target)
+    first.add(np.array([0, 3, 1], dtype=np.int32), np.array([True, True, True]))
+    found = first.counts().tocoo()
+    assert sorted(zip(*(c.tolist() for c in found.coords), strict=True)) == [(0, 0), (1, 1)]
 
 
 def test_first_tokens() -> None:
@@ -312,6 +340,18 @@ def test_equals_at_the_border_are_the_first_met() -> None:
         assert project(entries, np.array([0]), vocabulary.identity(5), k).ids.tolist() == kept
 
 
+@settings(max_examples=100)
+@given(
+    values=st.lists(st.sampled_from([0.125, 0.25]), min_size=1, max_size=9),
+    k=st.integers(1, 9),
+    keep=st.integers(-1, 9),
+)
+def test_equals_and_one_that_is_kept(values: list[float], k: int, keep: int) -> None:
+    one = mix(sparse(dict(enumerate(values))), np.zeros(1, dtype=np.int64), np.ones(1), np.array([keep]), 10, k)
+    first = sorted(range(len(values)), key=lambda i: (i != keep, -values[i], i))[:k]
+    assert one.ids.tolist() == sorted(first) and one.probs.tolist() == [values[i] for i in sorted(first)]
+
+
 @settings(max_examples=60)
 @given(seed=st.integers(0, 10**6), k=st.sampled_from([1, 3, 50]))
 def test_mix_against_dense(seed: int, k: int) -> None:
@@ -325,7 +365,9 @@ def test_mix_against_dense(seed: int, k: int) -> None:
     whole = np.zeros((n, width))
     for row, to, weight in zip(dense(sparse(*rows), width), of, weights, strict=True):
         whole[to] += weight * row
-    found = dense(mix(sparse(*rows), of, weights, keep, width, k), width)
+    told = mix(sparse(*rows), of, weights, keep, width, k)
+    assert (np.diff(told.offsets) <= k).all()
+    found = dense(told, width)
     for row in range(n):
         order = sorted(np.flatnonzero(whole[row]).tolist(), key=lambda i: (i != keep[row], -whole[row, i]))[:k]
         assert np.flatnonzero(found[row]).tolist() == sorted(order)
@@ -366,5 +408,18 @@ def test_every_kind_of_map_by_config(kind: str, byte_level_tokenizer: Any, sente
         more = make_map(Align(maps=(kind, "exact")), source, target, counts, first).matrix
         assert np.array_equal(more[[one]].toarray(), made.matrix[[one]].toarray())
         assert more.nnz > made.matrix.nnz
-    same = make_map(Align(maps=(kind,)), source, source, counts, csr_array((shape[0], shape[0]), dtype=np.int64))
+    square = csr_array((shape[0], shape[0]), dtype=np.int64)
+    same = make_map(Align(maps=(kind,)), source, source, square, square)
     assert np.array_equal(same.matrix.toarray(), np.eye(shape[0]))
+
+
+def test_the_end_of_a_turn_whatever_the_map(sentencepiece_tokenizer: Any) -> None:
+    """One vocabulary, two templates: what ends a turn in one is not what ends it in the other."""
+    both = Renderer(sentencepiece_tokenizer, "piece")
+    size = len(both.table)
+    turn = next(i for i in np.flatnonzero(both.table.kinds == Kind.CONTROL) if i != both.end_id)
+    square, text = csr_array((size, size), dtype=np.int64), int(np.flatnonzero(both.table.lengths)[0])
+    counts = csr_array((np.array([7, 5]), (np.array([turn, text]), np.array([both.end_id, turn]))), shape=(size, size))
+    for maps in (("soft",), ("exact",), ("prefix",), ("min_edit",)):
+        row = make_map(Align(maps=maps), both, both, counts, square).matrix[[int(turn)]].toarray()[0]
+        assert np.flatnonzero(row).tolist() == [both.end_id]

@@ -1,18 +1,21 @@
 """Distributions followed along the text, against a reference that spells everything out, and by hand."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_array
 
-from fusion.align import follow, vocabulary
-from fusion.align.follow import Follower
+from fusion.align import vocabulary
+from fusion.align.follow import KNOWN, Follower
 from fusion.align.map import Map
 from fusion.align.spelling import Spelling
 from fusion.align.trie import HIGH, LONGER, LOW, TOKEN, make_trie, walk
 from fusion.records import Carries, Heard, Sparse
 from fusion.tokens.bytes import Kind
+from fusion.tokens.render import GAP
 
 
 def spelling(*pieces: bytes, control: int = 0) -> Spelling:
@@ -152,6 +155,63 @@ def test_nothing_is_read_beyond_a_gap() -> None:
     assert found == {1: pytest.approx({0: 0.25, 2: 0.15, 3: 0.1, 4: 0.5})}
 
 
+def test_a_token_that_runs_over_its_segment_does_not_reach_the_next() -> None:
+    # ")." ends a segment and runs over its end; GAP places on, another segment begins
+    source, target = spelling(b").\n\n", b")", b"Hi"), spelling(b")", b".", b"\n", b"Hi")
+    rows = {0: {0: 1.0}, 1: {0: 1.0}, 2: {3: 1.0}}
+    reading = heard([(0, {0: 0.9}, 0.9), (2, {2: 0.5}, 0.5)], source)
+    reading.boundary[1] = 1 + 2 + 1 + GAP + 1
+    found = project(Follower(make_map(source, target, rows), 4), reading, [1, 2, 3, int(reading.boundary[1])])
+    assert found == {0: pytest.approx({0: 0.9}), 3: pytest.approx({3: 0.5})}
+
+
+def test_twenty_spaces_are_followed_to_their_end() -> None:
+    pieces = [b" " * n for n in range(1, 31)]
+    target = spelling(*pieces, b"x")
+    source = spelling(b" ", b"x")
+    rows = {0: {n: 1 / 30 for n in range(30)}, 1: {30: 1.0}}
+    reading = heard([*[(0, {0: 1.0}, 1.0)] * 20, (1, {1: 1.0}, 1.0)], source)
+    assert project(Follower(make_map(source, target, rows), 4), reading, [1])[0] == pytest.approx({19: 1.0})
+
+
+def test_two_threads_and_a_mistake_between() -> None:
+    follower = Follower(make_map(DIGITS, NUMBERS, AVERAGE), 4)
+    steps = [
+        (0, {0: 0.5, 3: 0.5}, 0.5),
+        (1, {1: 0.8, 3: 0.2}, 0.8),
+        (3, {2: 0.4, 3: 0.6}, 0.6),
+        (4, {4: 1.0}, 1.0),
+    ] * 50
+    readings = [heard(steps[n:], DIGITS) for n in range(8)]
+    expected = [project(follower, r, r.boundary.tolist()) for r in readings]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(
+            pool.map(lambda n: project(follower, readings[n % 8], readings[n % 8].boundary.tolist()), range(64))
+        )
+    assert all(found[n] == expected[n % 8] for n in range(64))
+    bad = heard(steps, DIGITS)
+    bad.entries.probs[3] = np.nan
+    with pytest.raises(ValueError, match="probabilities that are no numbers"):
+        project(follower, bad, bad.boundary.tolist())
+    assert project(follower, readings[0], readings[0].boundary.tolist()) == expected[0]
+
+
+def test_half_precision_does_not_pass_one() -> None:
+    source = spelling(b"a", b"b", b"c")
+    same = Map(vocabulary.identity(3), csr_array((3, 3)), source, source)
+    reading = heard([(2, {0: 0.6003, 1: 0.3, 2: 0.1}, 0.1)], source)  # 1.0003
+    found = project(Follower(same, 4), reading, [1])[0]
+    assert found[2] == pytest.approx(0.1) and sum(found.values()) == pytest.approx(1, abs=1e-6)
+
+
+def test_what_was_impossible_teaches_nothing() -> None:
+    rows = {0: {0: 1.0}, 3: {2: 1.0}}
+    reading = heard([(0, {3: 1.0}, 1e-300), (3, {3: 1.0}, 1.0)], SPACES)
+    reading.logp[0] = -np.inf
+    follower = Follower(make_map(SPACES, SINGLE, rows), 4, known=0.0)
+    assert project(follower, reading, [1, 2, 3, 5]) == {0: {2: 1.0}, 3: {2: 1.0}}
+
+
 def test_the_label_is_kept_and_the_rest_by_size() -> None:
     source, target = spelling(b"a", b"b", b"c", b"d"), spelling(b"a", b"b", b"c", b"d")
     same = Map(vocabulary.identity(4), csr_array((4, 4)), source, target)
@@ -236,7 +296,7 @@ def naive(map: Map, reading: Heard, place: int, inside: bool = True) -> dict[int
                 if len(source.piece(other)) > read:
                     settle(mass, source.piece(other)[read:], None)
         left = max(left, 0)
-        if known < follow.KNOWN * (known + left):
+        if known < KNOWN * (known + left):
             return None
         scale = (1 - left) / known
     text, mass = piece[read:], p[n]

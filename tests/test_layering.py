@@ -159,6 +159,8 @@ def test_mathematics_is_pure() -> None:
         "align.spelling",
         "align.trie",
         "align.follow",
+        "align.kernel",
+        "align.fidelity",
         "align.edit",
         "align.warp",
         "align.paper",

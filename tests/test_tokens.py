@@ -20,7 +20,7 @@ from fusion.tokens.batch import by_length, pad
 from fusion.tokens.bytes import ByteTable, Kind, byte_table
 from fusion.tokens.locate import locate
 from fusion.tokens.place import bytes_before, place
-from fusion.tokens.render import Renderer
+from fusion.tokens.render import GAP, Renderer
 
 SHARED = Path(__file__).parents[2] / "shared"
 # folder: byte tokens it has, and whether it puts a space before the text
@@ -88,7 +88,7 @@ class Line:
 
     def __init__(self, sample: Sample):
         self.segments = [segment.encode() for segment in sample.segments()]
-        self.bases = [sum(len(s) + 2 for s in self.segments[:n]) for n in range(len(self.segments))]
+        self.bases = [sum(len(s) + 2 + GAP for s in self.segments[:n]) for n in range(len(self.segments))]
 
     def at(self, where: int) -> tuple[int, int]:
         """Segment, and offset in b" " + segment."""
@@ -511,7 +511,7 @@ def test_first_word_after_a_template(folder: str) -> None:
     )
     known = rendered.boundary[rendered.boundary >= 0].tolist()
     first = 0 if FOLDERS[folder][1] else 1  # " hello" with a space that the content does not have
-    assert known[0] == first and known[-3:] == [12, 13 + first, 15]
+    assert known[0] == first and known[-3:] == [12, 13 + GAP + first, 15 + GAP]
     assert rendered.content_bytes == 12
 
 

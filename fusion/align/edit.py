@@ -5,8 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 from scipy.sparse import csr_array
+
+from fusion.align.compiled import compiled
 
 _WORD = 64  # bits: strings up to this length are compared a whole column at a time
 _CHUNK = 256  # strings that a thread takes at one time
@@ -118,7 +119,7 @@ def _search(words: Words, targets: int, threads: int) -> np.ndarray:
     return best
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _signs(chars: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     signs = np.zeros(len(offsets) - 1, dtype=np.uint64)
     for i in range(len(signs)):
@@ -127,7 +128,7 @@ def _signs(chars: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     return signs
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def bits(x: np.uint64) -> int:
     """How many bits are set; written as the compiler knows it for the machine's own instruction."""
     x = x - ((x >> np.uint64(1)) & np.uint64(0x5555555555555555))
@@ -136,7 +137,7 @@ def bits(x: np.uint64) -> int:
     return int((x * np.uint64(0x0101010101010101)) >> np.uint64(56))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def bound(a: np.uint64, b: np.uint64, length_a: int, length_b: int) -> int:
     """A lower bound of the edit distance of two strings from their signs and lengths.
 
@@ -146,7 +147,7 @@ def bound(a: np.uint64, b: np.uint64, length_a: int, length_b: int) -> int:
     return max(length_a, length_b) - min(length_a - bits(a & ~b), length_b - bits(b & ~a))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _nearest(
     chars: np.ndarray,
     offsets: np.ndarray,
@@ -190,7 +191,7 @@ def _nearest(
                 masks[word[k]] = 0
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _column(masks: np.ndarray, length: int, other: np.ndarray, most: int) -> int:
     """Edit distance of a string of up to 64 characters, given as masks, to another; anything above `most` if above."""
     score, left = length, len(other)
@@ -218,7 +219,7 @@ def _column(masks: np.ndarray, length: int, other: np.ndarray, most: int) -> int
     return score
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _cells(a: np.ndarray, b: np.ndarray, most: int) -> int:
     """Edit distance cell by cell, for strings of any length; anything above `most` if above."""
     row = np.arange(len(b) + 1)
@@ -234,7 +235,7 @@ def _cells(a: np.ndarray, b: np.ndarray, most: int) -> int:
     return row[len(b)]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def distance(a: np.ndarray, b: np.ndarray) -> int:
     """Levenshtein distance of two strings of character numbers."""
     if len(a) > len(b):

@@ -69,7 +69,12 @@ class Map:
                 Spelling(tensors[f"{side}.bytes"], tensors[f"{side}.offsets"], tensors[f"{side}.kinds"], digests[side])
                 for side in ("source", "target")
             ]
-            matrices = [_unpacked(name, tensors) for name in ("matrix", "first")]
+            for spelling in spellings:
+                _check(spelling)
+            shapes = (len(spellings[0]), len(spellings[1])), (len(spellings[1]),) * 2
+            matrices = [
+                _unpacked(name, tensors, shape) for name, shape in zip(("matrix", "first"), shapes, strict=True)
+            ]
         except FileNotFoundError:
             raise ValueError(f"{path}: there is no map; run the align stage first") from None
         except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
@@ -92,8 +97,20 @@ def _packed(name: str, matrix: csr_array) -> dict[str, np.ndarray]:
     }
 
 
-def _unpacked(name: str, tensors: dict[str, Any]) -> csr_array:
-    arrays = (tensors[f"{name}.{part}"] for part in ("values", "columns", "rows"))
-    matrix = csr_array(tuple(arrays), shape=tuple(int(n) for n in tensors[f"{name}.shape"]))
+def _unpacked(name: str, tensors: dict[str, Any], shape: tuple[int, int]) -> csr_array:
+    values, columns, rows, told = (tensors[f"{name}.{part}"] for part in ("values", "columns", "rows", "shape"))
+    if tuple(told.tolist()) != shape:
+        raise ValueError(f"{name} is of {told.tolist()} ids and the vocabularies are of {list(shape)}")
+    if not ((values >= 0) & (values <= 1 + 1e-6)).all():
+        raise ValueError(f"{name} holds what is no share")
+    matrix = csr_array((values, columns, rows), shape=shape)
     matrix.check_format(full_check=True)
     return matrix
+
+
+def _check(spelling: Spelling) -> None:
+    """Compiled code reads these without looking: what does not fit together must not get there."""
+    offsets = spelling.offsets
+    whole = len(offsets) == len(spelling.kinds) + 1 and offsets[0] == 0 and offsets[-1] == len(spelling.flat)
+    if not whole or (np.diff(offsets) < 0).any():
+        raise ValueError("its vocabularies do not fit together")

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numba import njit
 
+from fusion.align.compiled import compiled
 from fusion.align.edit import Words, replaced, spell
 from fusion.align.warp import contained, warp
 from fusion.records import Sparse
@@ -171,7 +171,7 @@ def first_kept(
     return Sparse(offsets, ids.astype(np.int32), probs.astype(np.float32))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _parts(chars: np.ndarray, offsets: np.ndarray, short: np.ndarray, long: np.ndarray) -> np.ndarray:
     """For each pair of words whether the first is a substring of the second."""
     result = np.zeros(len(short), dtype=np.bool_)

@@ -1,9 +1,9 @@
 """A source's sparse distributions in target tokens: p = q·W, collisions added, mass lost and told."""
 
 import numpy as np
-from numba import njit
 from scipy.sparse import csr_array
 
+from fusion.align.compiled import compiled
 from fusion.records import Sparse
 
 
@@ -24,10 +24,8 @@ def project(entries: Sparse, at: np.ndarray, matrix: csr_array, k: int) -> Spars
     """
     in_range(entries.ids)
     bag = np.zeros(matrix.shape[1]), np.zeros(matrix.shape[1], dtype=np.int32)
-    weights, keep = np.ones(len(at)), np.full(len(at), -1, dtype=np.int32)
-    starts = np.arange(len(at) + 1, dtype=np.int64)
     rows = (entries.offsets, entries.ids, entries.probs)
-    return Sparse(*_project(rows, at, weights, starts, (matrix.indptr, matrix.indices, matrix.data), bag, keep, k))
+    return Sparse(*_project(rows, at, (matrix.indptr, matrix.indices, matrix.data), bag, k))
 
 
 def mix(rows: Sparse, of: np.ndarray, weights: np.ndarray, keep: np.ndarray, width: int, k: int) -> Sparse:
@@ -45,11 +43,9 @@ def mix(rows: Sparse, of: np.ndarray, weights: np.ndarray, keep: np.ndarray, wid
     """
     order = np.argsort(of, kind="stable")
     starts = np.append(0, np.cumsum(np.bincount(of, minlength=len(keep)))).astype(np.int64)
-    each = np.arange(width + 1, dtype=np.int64)
-    same = (each, each[:-1].astype(np.int32), np.ones(width))
     bag = np.zeros(width), np.zeros(width, dtype=np.int32)
     packed = (rows.offsets, rows.ids, rows.probs)
-    return Sparse(*_project(packed, order, weights[order], starts, same, bag, keep, k))
+    return Sparse(*_mix(packed, order, weights[order], starts, bag, keep, k))
 
 
 def in_range(ids: np.ndarray, size: int | None = None) -> None:
@@ -61,10 +57,34 @@ def in_range(ids: np.ndarray, size: int | None = None) -> None:
         )
 
 
-@njit(cache=True, nogil=True)
-def _project(rows, at, weights, starts, matrix, bag, keep, k):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+@compiled
+def _project(rows, at, matrix, bag, k):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     offsets, ids, probs = rows
     indptr, columns, values = matrix
+    mass, used = bag
+    out_offsets = np.zeros(len(at) + 1, dtype=np.int64)
+    out_ids = np.empty(16 * len(at) + 16, dtype=np.int32)
+    out_probs = np.empty(len(out_ids), dtype=np.float32)
+    filled = 0
+    for row in range(len(at)):
+        size = 0
+        for e in range(offsets[at[row]], offsets[at[row] + 1]):
+            if ids[e] >= len(indptr) - 1:
+                continue
+            for m in range(indptr[ids[e]], indptr[ids[e] + 1]):
+                size = _add(mass, used, size, columns[m], probs[e] * values[m])
+        while filled + min(k, size) > len(out_ids):
+            out_ids, out_probs = np.append(out_ids, out_ids), np.append(out_probs, out_probs)
+        filled = select(mass, used, size, 1.0, k, -1, out_ids, out_probs, filled)
+        for n in range(size):
+            mass[used[n]] = 0.0
+        out_offsets[row + 1] = filled
+    return out_offsets, out_ids[:filled].copy(), out_probs[:filled].copy()
+
+
+@compiled
+def _mix(rows, at, weights, starts, bag, keep, k):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    offsets, ids, probs = rows
     mass, used = bag
     out_offsets = np.zeros(len(starts), dtype=np.int64)
     out_ids = np.empty(16 * len(starts), dtype=np.int32)
@@ -74,17 +94,7 @@ def _project(rows, at, weights, starts, matrix, bag, keep, k):  # type: ignore[n
         size = 0
         for n in range(starts[row], starts[row + 1]):
             for e in range(offsets[at[n]], offsets[at[n] + 1]):
-                if ids[e] >= len(indptr) - 1:
-                    continue
-                share = weights[n] * probs[e]
-                for m in range(indptr[ids[e]], indptr[ids[e] + 1]):
-                    part = share * values[m]
-                    if part > 0:
-                        i = columns[m]
-                        if mass[i] == 0.0:
-                            used[size] = i
-                            size += 1
-                        mass[i] += part
+                size = _add(mass, used, size, ids[e], weights[n] * probs[e])
         while filled + min(k, size) > len(out_ids):
             out_ids, out_probs = np.append(out_ids, out_ids), np.append(out_probs, out_probs)
         filled = select(mass, used, size, 1.0, k, keep[row], out_ids, out_probs, filled)
@@ -94,34 +104,49 @@ def _project(rows, at, weights, starts, matrix, bag, keep, k):  # type: ignore[n
     return out_offsets, out_ids[:filled].copy(), out_probs[:filled].copy()
 
 
-@njit(cache=True)
+@compiled(inline="always")
+def _add(mass, used, size, i, share):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    if share > 0.0:
+        if mass[i] == 0.0:
+            used[size] = i
+            size += 1
+        mass[i] += share
+    return size
+
+
+@compiled
 def select(mass, used, size, scale, k, keep, out_ids, out_probs, filled):  # type: ignore[no-untyped-def]  # pragma: no cover
     """Write the k largest of a row behind the rows already written, `keep` among them; of equals the first met.
 
-    Returns how much is filled then. A sum of float32 shares can pass 1 by a rounding: each entry is held to it.
+    Returns how much is filled then, at most k more. A sum of float32 shares can pass 1 by a rounding: each entry is
+    held to it.
     """
+    held = keep >= 0 and mass[keep] > 0.0
     border, equals = -1.0, 0
     if size > k:
-        values = np.empty(size)
+        others, room = np.empty(size), k - held
+        count = 0
         for n in range(size):
-            values[n] = mass[used[n]]
-        border, equals = _largest(values, k), k
-        if keep >= 0 and 0.0 < mass[keep] < border:  # one place less for the others
-            border, equals = (_largest(values, k - 1) if k > 1 else np.inf), k - 1
-        for n in range(size):
-            equals -= values[n] > border
+            if not (held and used[n] == keep):
+                others[count] = mass[used[n]]
+                count += 1
+        border = _largest(others[:count], room) if room > 0 else np.inf
+        equals = room
+        for n in range(count):
+            equals -= others[n] > border
     for n in range(size):
         value = mass[used[n]]
-        if used[n] != keep and (value < border or value == border and equals == 0):
-            continue
-        equals -= value == border
+        if not (held and used[n] == keep) and value <= border:
+            if value < border or equals == 0:
+                continue
+            equals -= 1
         out_ids[filled] = used[n]
         out_probs[filled] = min(value * scale, 1.0)
         filled += 1
     return filled
 
 
-@njit(cache=True)
+@compiled
 def _largest(values, k):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     """The k-th largest value, by Hoare's selection; the values change places."""
     low, high, wanted = 0, len(values) - 1, k - 1

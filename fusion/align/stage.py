@@ -10,6 +10,7 @@ from scipy.sparse import csr_array
 from fusion import cluster, hub, tracking
 from fusion.align import vocabulary
 from fusion.align.edit import min_edit
+from fusion.align.fidelity import compare
 from fusion.align.map import Map
 from fusion.align.projector import Projector, projector
 from fusion.align.report import examples
@@ -24,6 +25,7 @@ from fusion.tokens.render import Renderer
 from fusion.tokens.words import space_mark, token_strings
 
 _MEASURED = 256  # samples that the figures of a map are taken on
+_EVEN = 1e-4  # share that goes to all ids alike when a map is measured
 
 
 def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, Any]:
@@ -81,7 +83,8 @@ def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, 
 def make_map(settings: Align, source: Renderer, target: Renderer, counts: csr_array, first: csr_array) -> Map:
     """The map that the config names: its first kind, then the end of text, then its other kinds.
 
-    A source with the target's own vocabulary needs no map but the identity, and loses nothing.
+    A source with the target's own vocabulary needs no map but the identity, and loses nothing; what ends a turn may be
+    another token all the same, where the two read other chat templates.
 
     Args:
         settings: the config's `align`.
@@ -92,8 +95,9 @@ def make_map(settings: Align, source: Renderer, target: Renderer, counts: csr_ar
     """
     tables = (source.table, target.table)
     shape = (len(source.table), len(target.table))
+    ends = vocabulary.ends(counts, *tables)  # what ends a turn here is what ends it there, whatever the map
     if source.table.digest == target.table.digest:
-        matrix = vocabulary.identity(shape[0])
+        matrix = vocabulary.chain(ends, vocabulary.identity(shape[0]))
     else:
         made = {
             "soft": lambda: vocabulary.statistics(counts, False, shape[1]),
@@ -103,7 +107,7 @@ def make_map(settings: Align, source: Renderer, target: Renderer, counts: csr_ar
             "min_edit": lambda: nearest_strings(source, target),
         }
         head, *rest = (made[kind]() for kind in settings.maps)
-        matrix = vocabulary.chain(head, vocabulary.pair(source.end_id, target.end_id, shape), *rest)
+        matrix = vocabulary.chain(ends, head, vocabulary.pair(source.end_id, target.end_id, shape), *rest)
     shares = vocabulary.statistics(first, False, 8)
     return Map(matrix, shares, Spelling.of(source.table), Spelling.of(target.table))
 
@@ -120,7 +124,7 @@ def _measure(
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """How much each source id is used, and the map's figures on a part of the corpus."""
     used, taught, wanted, mass, samples = np.zeros(len(made.source)), 0, 0, [0.0, 0.0], 0
-    bits, length = [0.0, 0.0], [0, 0]
+    nats, length = np.zeros(2), 0
     for sample in corpus:
         heard = cache.get(sample.id)
         if heard is None:
@@ -134,16 +138,12 @@ def _measure(
         taught, wanted = taught + len(rows), wanted + len(at)
         mass[0] += float(heard.entries.probs.sum(dtype=np.float64))
         mass[1] += float((heard.entries.probs * made.rows_mass[np.minimum(heard.entries.ids, len(used))]).sum())
-        probs = np.zeros(len(rows))
-        row_of = np.repeat(np.arange(len(rows)), np.diff(said.offsets))
-        right = said.ids == labels[rows][row_of]
-        probs[row_of[right]] = said.probs[right]
-        content = rendered.carries[at][rows] == Carries.CONTENT
-        bits[0] -= float(np.log2(np.maximum(probs[content], 1e-9)).sum())
-        length[0] += int(made.target.lengths[labels[rows][content]].sum())
-        spoken = heard.carries == Carries.CONTENT
-        bits[1] -= float(heard.logp[spoken].sum(dtype=np.float64)) / float(np.log(2))
-        length[1] += int(made.source.lengths[heard.ids[spoken]].sum())
+        sizes = made.target.lengths[labels[rows]]
+        told = compare(heard, rendered.boundary[at][rows], labels[rows], sizes, said)
+        even = 1 / len(made.target)  # what a map loses is spread evenly, and no figure is infinite
+        probs = (told.probability + told.lost * even) * (1 - _EVEN) + _EVEN * even
+        nats += [-np.log(probs[told.same]).sum(), told.nats[told.same].sum()]
+        length += int(sizes[told.same].sum())
         samples += 1
         if samples == _MEASURED:
             break
@@ -151,6 +151,6 @@ def _measure(
         "coverage": round(taught / max(wanted, 1), 4),
         "ids mapped": round(float((np.diff(made.matrix.indptr) > 0).mean()), 4),
         "mass mapped": round(mass[1] / max(mass[0], 1e-9), 4),
-        "bits per byte": round(bits[0] / max(length[0], 1), 4),
-        "source bits per byte": round(bits[1] / max(length[1], 1), 4),
+        "bits per byte": round(nats[0] / max(length, 1) / np.log(2), 4),
+        "source bits per byte": round(nats[1] / max(length, 1) / np.log(2), 4),
     }

@@ -3,8 +3,8 @@
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from fusion.align.compiled import compiled
 from fusion.align.spelling import Spelling
 
 _EMPTY = np.uint64(0xFFFFFFFFFFFFFFFF)
@@ -48,12 +48,12 @@ def make_trie(spelling: Spelling) -> Trie:
     return Trie(slots, bits, nodes, ids, ranks)
 
 
-@njit(cache=True, inline="always")
+@compiled(inline="always")
 def _slot(key, bits):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     return np.int64((key * _GOLDEN) >> np.uint64(64 - bits))
 
 
-@njit(cache=True)
+@compiled
 def step(slots, bits, node, byte):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     """The node after one more byte, -1 where no token goes on so."""
     key = np.uint64(node * 256 + byte)
@@ -65,7 +65,7 @@ def step(slots, bits, node, byte):  # type: ignore[no-untyped-def]  # pragma: no
     return np.int64(-1)
 
 
-@njit(cache=True)
+@compiled
 def walk(slots, bits, nodes, node, longest, flat, start, stop):  # type: ignore[no-untyped-def]  # pragma: no cover
     """The node after flat[start:stop] (-1: no token goes on so), and the longest token met on the way."""
     for at in range(start, stop):
@@ -77,7 +77,7 @@ def walk(slots, bits, nodes, node, longest, flat, start, stop):  # type: ignore[
     return node, longest
 
 
-@njit(cache=True)
+@compiled
 def walks(slots, bits, nodes, flat, starts, stops):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     """`walk` from the root along many stretches flat[start:stop]: nodes int64 (n,), longest tokens int32 (n,)."""
     ends, found = np.empty(len(starts), dtype=np.int64), np.empty(len(starts), dtype=np.int32)
@@ -86,7 +86,7 @@ def walks(slots, bits, nodes, flat, starts, stops):  # type: ignore[no-untyped-d
     return ends, found
 
 
-@njit(cache=True)
+@compiled
 def _build(flat, offsets, ids, bits):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     slots = np.full(1 << bits, _EMPTY, dtype=np.uint64)
     nodes = np.zeros((len(flat) + 1, 4), dtype=np.int32)

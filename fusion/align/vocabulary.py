@@ -50,17 +50,47 @@ def statistics(counts: csr_array, hard: bool, width: int) -> csr_array:
     return kept
 
 
+class PairCounts:
+    """How often each (row, column) comes, in memory that does not grow with the text."""
+
+    def __init__(self, shape: tuple[int, int]):
+        self._shape, self._total = shape, csr_array(shape, dtype=np.int64)
+        self._waiting: list[np.ndarray] = []
+        self._size = 0
+
+    def add(self, rows: np.ndarray, columns: np.ndarray) -> None:
+        """Count some pairs, int (n,) each."""
+        self._waiting.append(rows.astype(np.int64) * self._shape[1] + columns)
+        self._size += len(rows)
+        if self._size > 4_000_000:
+            self._fold()
+
+    def total(self) -> csr_array:
+        """int64, the counts so far."""
+        self._fold()
+        return self._total
+
+    def _fold(self) -> None:
+        values, counts = np.unique(np.concatenate([np.zeros(0, np.int64), *self._waiting]), return_counts=True)
+        at = (values // self._shape[1], values % self._shape[1])
+        self._total = csr_array(self._total + csr_array((counts.astype(np.int64), at), shape=self._shape))
+        self._waiting, self._size = [], 0
+
+
 def count_pairs(pairs: Iterable[tuple[np.ndarray, np.ndarray]], shape: tuple[int, int]) -> csr_array:
     """How often each (source token, target token) comes together."""
-    total = csr_array(shape, dtype=np.int64)
-    waiting: list[np.ndarray] = []
-    size = 0
+    counts = PairCounts(shape)
     for t, s in pairs:
-        waiting.append(t.astype(np.int64) * shape[1] + s)
-        size += len(t)
-        if size > 4_000_000:
-            total, waiting, size = total + _count(waiting, shape), [], 0
-    return csr_array(total + _count(waiting, shape))
+        counts.add(t, s)
+    return counts.total()
+
+
+def ends(counts: csr_array, source: ByteTable, target: ByteTable) -> csr_array:
+    """From the counts, where a source's control token stood for a target's: the ends of texts and turns."""
+    found = csr_array(counts, dtype=np.float64).tocoo()
+    control = (source.kinds[found.coords[0]] == Kind.CONTROL) & (target.kinds[found.coords[1]] == Kind.CONTROL)
+    kept = csr_array((found.data[control], tuple(c[control] for c in found.coords)), shape=counts.shape)
+    return statistics(kept, False, counts.shape[1])
 
 
 class FirstTokens:
@@ -72,7 +102,7 @@ class FirstTokens:
 
     def __init__(self, target: Spelling):
         self._trie, self._target = make_trie(target), target
-        self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
+        self._counts = PairCounts((len(target), len(target)))
 
     def add(self, ids: np.ndarray, follows: np.ndarray) -> None:
         """Count a text's tokens.
@@ -84,20 +114,16 @@ class FirstTokens:
         sizes = self._target.lengths[ids]
         ends = np.cumsum(sizes)
         flat = self._target.flat[np.repeat(self._target.offsets[ids] - (ends - sizes), sizes) + np.arange(sizes.sum())]
-        breaks = np.append(np.flatnonzero(~follows[1:]), len(ids) - 1)  # where a run of the text ends
+        silent = sizes == 0  # an unknown character, say: what is before it and after it is not one text
+        breaks = np.append(np.flatnonzero(~follows[1:] | silent[:-1] | silent[1:]), len(ids) - 1)  # ends of runs
         stops = ends[breaks[np.searchsorted(breaks, np.arange(len(ids)))]]
         _, longest = walks(self._trie.slots, self._trie.bits, self._trie.nodes, flat, ends - sizes, stops)
         known = (longest >= 0) & (sizes > 0)
-        self._waiting.append((longest[known], ids[known]))
+        self._counts.add(longest[known], ids[known])
 
     def counts(self) -> csr_array:
         """int64 (target ids, target ids)."""
-        return count_pairs(self._waiting, (len(self._target), len(self._target)))
-
-
-def _count(keys: list[np.ndarray], shape: tuple[int, int]) -> csr_array:
-    values, counts = np.unique(np.concatenate([np.zeros(0, np.int64), *keys]), return_counts=True)
-    return csr_array((counts.astype(np.int64), (values // shape[1], values % shape[1])), shape=shape)
+        return self._counts.total()
 
 
 def chain(first: csr_array, *others: csr_array) -> csr_array:

@@ -1,8 +1,8 @@
 """Dynamic time warping of two token sequences by edit distance: the whole table, or only stretches between anchors."""
 
 import numpy as np
-from numba import njit
 
+from fusion.align.compiled import compiled
 from fusion.align.edit import Words, distance
 
 _ROWS = 64  # rows of the table that are solved side by side
@@ -72,7 +72,7 @@ def _windows(n: int, m: int, at_source: np.ndarray, at_target: np.ndarray) -> tu
     return np.append(0, columns + 1)[at], columns[at] + 1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def contained(short: np.ndarray, long: np.ndarray) -> bool:
     """Whether one string of character numbers is a substring of another."""
     for start in range(len(long) - len(short) + 1):
@@ -84,7 +84,7 @@ def contained(short: np.ndarray, long: np.ndarray) -> bool:
     return False
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _distances(
     chars: np.ndarray, offsets: np.ndarray, alphabet: int, classes: np.ndarray, others: np.ndarray
 ) -> np.ndarray:
@@ -143,7 +143,7 @@ def _distances(
     return result
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _tenths(
     chars: np.ndarray,
     offsets: np.ndarray,
@@ -167,7 +167,7 @@ def _tenths(
     return result
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _table(costs: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """Solve the whole table; returns the step back from each cell.
 
@@ -208,7 +208,7 @@ def _table(costs: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarr
     return steps
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _stretches(
     chars: np.ndarray,
     offsets: np.ndarray,
@@ -243,7 +243,7 @@ def _stretches(
     return steps
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _back(steps: np.ndarray, start: np.ndarray, stride: np.ndarray, columns: int) -> tuple[np.ndarray, np.ndarray]:
     """Read the path back; the step of cell (i, j) is steps[start[i] + j * stride[i]]."""
     first, stop = np.zeros(columns, dtype=np.int64), np.zeros(columns, dtype=np.int64)

@@ -39,7 +39,7 @@ class Example:
         ids: int32 (T,).
         at: int64 (N,), the positions that predict a token which carries loss.
         labels: int64 (N,), that token. This is the one place where labels shift.
-        teacher: int64 (N,), number of the teacher heard most, -1 where the position is not taught.
+        teacher: int64 (N,), number of the teacher heard, the first of several, -1 where the position is not taught.
         taught: N rows over the target's ids, empty where not taught.
     """
 

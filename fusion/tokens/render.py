@@ -1,10 +1,10 @@
 """A sample as one model's token ids, with the place at which each position stands.
 
 Places. The segments of a sample lie one after the other on one line, the same for every tokenizer: a segment of n
-bytes takes n + 2 places. Its place 0 is "before the segment, and the next token begins with a space that the segment
-does not have" (SentencePiece's mark, a template's space that merged into the first word); place 1 + b is "b bytes
-read". Two tokenizers that stand at one place have read the same, so one's next-token distribution can teach the
-other's.
+bytes takes n + 2 places, and after them come GAP that nothing stands on. Its place 0 is "before the segment, and the
+next token begins with a space that the segment does not have" (SentencePiece's mark, a template's space that merged
+into the first word); place 1 + b is "b bytes read". Two tokenizers that stand at one place have read the same, so one's
+next-token distribution can teach the other's.
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,8 @@ from fusion.tokens.bytes import ByteTable, Kind, read
 from fusion.tokens.files import check_files
 from fusion.tokens.locate import Content, locate
 from fusion.tokens.place import Tokens, bytes_before, place
+
+GAP = 4096  # more than any token is long: one that runs over a segment's end does not reach the next
 
 PLAIN_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'] | capitalize + ':\n' + message['content'] }}"
@@ -178,7 +180,7 @@ class Renderer:
                 carries[first : span.stop_token] = Carries.END
                 boundary[first : span.stop_token] = -1  # white space that the template puts before the end
                 boundary[span.stop_token - 1] = base + 1 + span.size
-            base += span.size + 2
+            base += span.size + 2 + GAP
         return Rendered(ids, boundary, carries, content_bytes, tokens.lossy)
 
     def _may_be_marked(self, i: int) -> bool:

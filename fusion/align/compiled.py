@@ -1,0 +1,58 @@
+"""Compiling with numba, and a cache of it that knows all files of this room.
+
+numba keeps what it compiled beside the file of a function and looks at that file's time alone: a function that was
+compiled into another one in another file would stay as it was after a change. So the cache lies in a folder named by
+what all files of the room hold; where no folder can be written there is none, and each process compiles for itself.
+"""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, overload
+
+import numba
+
+_ROOM = Path(__file__).parent
+
+
+@overload
+def compiled(function: Callable[..., Any]) -> Any: ...
+
+
+@overload
+def compiled(*, inline: str = "never") -> Callable[[Callable[..., Any]], Any]: ...
+
+
+def compiled(function: Callable[..., Any] | None = None, *, inline: str = "never") -> Any:
+    """`numba.njit` that lets other threads run, with this room's cache."""
+
+    def compile_(function: Callable[..., Any]) -> Any:
+        settings: Any = numba.config
+        before, settings.CACHE_DIR = settings.CACHE_DIR, _folder()
+        compile_now: Any = numba.njit
+        try:
+            return compile_now(function, cache=True, nogil=True, inline=inline)
+        except RuntimeError:  # numba finds no place that can be written
+            return compile_now(function, nogil=True, inline=inline)
+        finally:
+            settings.CACHE_DIR = before
+
+    return compile_ if function is None else compile_(function)
+
+
+@cache
+def _folder() -> str:
+    """Where the cache lies: beside the code if that can be written, else with temporary files of this user."""
+    if given := os.environ.get("NUMBA_CACHE_DIR"):
+        return given
+    whole = hashlib.sha256()
+    for path in sorted(_ROOM.glob("*.py")):
+        whole.update(path.read_bytes())
+    name = f"numba-{whole.hexdigest()[:16]}"
+    beside = _ROOM / "__pycache__"
+    if os.access(beside if beside.exists() else _ROOM, os.W_OK):
+        return str(beside / name)
+    return str(Path(tempfile.gettempdir()) / f"fusion-{os.getuid()}" / name)
