@@ -44,12 +44,15 @@ MOST = 20.0  # seconds that the published procedure is given for a pair and leng
 
 
 def long_samples(samples: list[Sample], target: Renderer, length: int, count: int) -> list[Sample]:
-    """Texts of about `length` target tokens, made of several."""
+    """Texts of `length` target tokens, made of several."""
     made, text, size = [], "", 0
     for sample in samples:
         text += (sample.text or "\n".join(m.content for m in sample.messages)) + "\n\n"
         size += len(target.render(sample).ids)
-        if size >= length:
+        if size >= 1.1 * length:
+            read = target.render(Sample(sample_id(text), "mixed", text, complete=False))
+            stop = int(read.boundary[: length + 1].max()) - 1
+            text = text.encode()[:stop].decode(errors="ignore")
             made.append(Sample(sample_id(text), "mixed", text, complete=False))
             text, size = "", 0
         if len(made) == count:

@@ -55,7 +55,7 @@ class Follower:
         self.map, self.inside, self.known = map, inside, known
         trie, source = make_trie(map.target), map.source
         self._trie = (trie.slots, trie.bits, trie.nodes, trie.ids)
-        self._spread = _rows(widest(map.matrix, width), None)[:3]
+        self._spread = _largest_first(widest(map.matrix, width))
         self._ranked = _rows(map.matrix, trie.ranks)
         self._first = _rows(map.first, None)[:3]
         ends, longest = walks(*self._trie[:3], source.flat, source.offsets[:-1], source.offsets[1:])
@@ -114,6 +114,13 @@ class Follower:
         counts = np.diff(found[0])
         rows = np.flatnonzero(counts > 0)
         return rows, Sparse(np.append(0, np.cumsum(counts[rows])), found[1], found[2])
+
+
+def _largest_first(matrix: csr_array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A matrix's rows as starts, columns and values."""
+    rows = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
+    order = np.lexsort((matrix.indices, -matrix.data, rows))
+    return matrix.indptr.astype(np.int64), matrix.indices[order].astype(np.int32), matrix.data[order].astype(np.float64)
 
 
 def _rows(matrix: csr_array, ranks: np.ndarray | None) -> _Rows:

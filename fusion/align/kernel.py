@@ -12,25 +12,21 @@ from fusion.align.trie import HIGH, LONGER, LOW, TOKEN, step, walk
 _SETTLED = 0.01  # a row whose longer tokens hold less of it than this is not followed any further
 _NEGLIGIBLE = 1e-4  # nor is mass below this
 _TINY = 1e-9  # less is not written down
+_FAINT = 1e-5  # nor are shares of a row below this, largest first, of a token that did not follow
 
 
-@compiled(inline="always")
-def _put(mass, used, size, i, share):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    if mass[i] == 0.0:
-        used[size] = i
-        size += 1
-    mass[i] += share
-    return size
-
-
-@compiled(inline="always")
+@compiled
 def _put_row(mass, used, size, starts, columns, values, row, share):  # type: ignore[no-untyped-def]  # pragma: no cover
     for at in range(starts[row], starts[row + 1]):
-        size = _put(mass, used, size, columns[at], share * values[at])
+        i = columns[at]
+        if mass[i] == 0.0:
+            used[size] = i
+            size += 1
+        mass[i] += share * values[at]
     return size
 
 
-@compiled(inline="always")
+@compiled
 def _first_at(columns, low, high, rank):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     """Where among columns[low:high] the ranks from `rank` on begin."""
     while low < high:
@@ -57,13 +53,20 @@ def _settle(mass, used, size, share, node, longest, row, rs, rc, rv, rr, fs, fc,
         whole = rr[stop] - rr[start]
         if stop > start:
             for at in range(start, stop):
-                size = _put(mass, used, size, ids[rc[at]], share * rv[at] / whole)
+                i = ids[rc[at]]
+                if mass[i] == 0.0:
+                    used[size] = i
+                    size += 1
+                mass[i] += share * rv[at] / whole
             return size
     if longest >= 0:
         if fs[longest + 1] > fs[longest]:
             size = _put_row(mass, used, size, fs, fc, fv, longest, share)
         else:
-            size = _put(mass, used, size, longest, share)
+            if mass[longest] == 0.0:
+                used[size] = longest
+                size += 1
+            mass[longest] += share
     return size
 
 
@@ -127,6 +130,7 @@ def follow(heard, entries, wanted, spelled, spread, ranked, first, trie, whole, 
     out_offsets = np.zeros(len(targets) + 1, dtype=np.int64)
     out_ids = np.empty(32 * len(targets) + 16, dtype=np.int32)
     out_probs = np.empty(len(out_ids), dtype=np.float32)
+    others = np.empty(len(mass))
     at, ahead, filled = -1, 0, 0
     for n in range(len(targets)):
         out_offsets[n + 1] = filled
@@ -146,7 +150,14 @@ def follow(heard, entries, wanted, spelled, spread, ranked, first, trie, whole, 
             for e in range(offsets[at], offsets[at + 1]):
                 t, part = kept_ids[e], probs[e] * scales[at]
                 if t != followed and t < known_ids and part > _TINY:
-                    size = _put_row(mass, used, size, ss, sc, sv, t, part)
+                    for m in range(ss[t], ss[t + 1]):  # as _put_row does: this is the innermost loop of all
+                        if part * sv[m] < _FAINT:
+                            break
+                        i = sc[m]
+                        if mass[i] == 0.0:
+                            used[size] = i
+                            size += 1
+                        mass[i] += part * sv[m]
             if length == 0:
                 if share > _TINY:
                     size = _put_row(mass, used, size, ss, sc, sv, followed, share)
@@ -223,7 +234,7 @@ def follow(heard, entries, wanted, spelled, spread, ranked, first, trie, whole, 
         size = _settle(mass, used, size, share, node, longest, row, rs, rc, rv, rr, fs, fc, fv, nodes, ids)
         while filled + min(k, size) > len(out_ids):
             out_ids, out_probs = np.append(out_ids, out_ids), np.append(out_probs, out_probs)
-        filled = select(mass, used, size, scale, k, keep[n], out_ids, out_probs, filled)
+        filled = select(mass, used, size, scale, k, keep[n], others, out_ids, out_probs, filled)
         for m in range(size):
             mass[used[m]] = 0.0
         out_offsets[n + 1] = filled

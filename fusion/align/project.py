@@ -65,17 +65,22 @@ def _project(rows, at, matrix, bag, k):  # type: ignore[no-untyped-def]  # pragm
     out_offsets = np.zeros(len(at) + 1, dtype=np.int64)
     out_ids = np.empty(16 * len(at) + 16, dtype=np.int32)
     out_probs = np.empty(len(out_ids), dtype=np.float32)
-    filled = 0
+    filled, others = 0, np.empty(len(mass))
     for row in range(len(at)):
         size = 0
         for e in range(offsets[at[row]], offsets[at[row] + 1]):
             if ids[e] >= len(indptr) - 1:
                 continue
             for m in range(indptr[ids[e]], indptr[ids[e] + 1]):
-                size = _add(mass, used, size, columns[m], probs[e] * values[m])
+                share, i = probs[e] * values[m], columns[m]
+                if share > 0.0:
+                    if mass[i] == 0.0:
+                        used[size] = i
+                        size += 1
+                    mass[i] += share
         while filled + min(k, size) > len(out_ids):
             out_ids, out_probs = np.append(out_ids, out_ids), np.append(out_probs, out_probs)
-        filled = select(mass, used, size, 1.0, k, -1, out_ids, out_probs, filled)
+        filled = select(mass, used, size, 1.0, k, -1, others, out_ids, out_probs, filled)
         for n in range(size):
             mass[used[n]] = 0.0
         out_offsets[row + 1] = filled
@@ -89,48 +94,42 @@ def _mix(rows, at, weights, starts, bag, keep, k):  # type: ignore[no-untyped-de
     out_offsets = np.zeros(len(starts), dtype=np.int64)
     out_ids = np.empty(16 * len(starts), dtype=np.int32)
     out_probs = np.empty(len(out_ids), dtype=np.float32)
-    filled = 0
+    filled, others = 0, np.empty(len(mass))
     for row in range(len(starts) - 1):
         size = 0
         for n in range(starts[row], starts[row + 1]):
             for e in range(offsets[at[n]], offsets[at[n] + 1]):
-                size = _add(mass, used, size, ids[e], weights[n] * probs[e])
+                share, i = weights[n] * probs[e], ids[e]
+                if share > 0.0:
+                    if mass[i] == 0.0:
+                        used[size] = i
+                        size += 1
+                    mass[i] += share
         while filled + min(k, size) > len(out_ids):
             out_ids, out_probs = np.append(out_ids, out_ids), np.append(out_probs, out_probs)
-        filled = select(mass, used, size, 1.0, k, keep[row], out_ids, out_probs, filled)
+        filled = select(mass, used, size, 1.0, k, keep[row], others, out_ids, out_probs, filled)
         for n in range(size):
             mass[used[n]] = 0.0
         out_offsets[row + 1] = filled
     return out_offsets, out_ids[:filled].copy(), out_probs[:filled].copy()
 
 
-@compiled(inline="always")
-def _add(mass, used, size, i, share):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    if share > 0.0:
-        if mass[i] == 0.0:
-            used[size] = i
-            size += 1
-        mass[i] += share
-    return size
-
-
 @compiled
-def select(mass, used, size, scale, k, keep, out_ids, out_probs, filled):  # type: ignore[no-untyped-def]  # pragma: no cover
+def select(mass, used, size, scale, k, keep, others, out_ids, out_probs, filled):  # type: ignore[no-untyped-def]  # pragma: no cover
     """Write the k largest of a row behind the rows already written, `keep` among them; of equals the first met.
 
     Returns how much is filled then, at most k more. A sum of float32 shares can pass 1 by a rounding: each entry is
-    held to it.
+    held to it. `others` is scratch of at least `size` cells.
     """
     held = keep >= 0 and mass[keep] > 0.0
     border, equals = -1.0, 0
     if size > k:
-        others, room = np.empty(size), k - held
-        count = 0
+        room, count = k - held, 0
         for n in range(size):
             if not (held and used[n] == keep):
                 others[count] = mass[used[n]]
                 count += 1
-        border = _largest(others[:count], room) if room > 0 else np.inf
+        border = _largest(others, count, room) if room > 0 else np.inf
         equals = room
         for n in range(count):
             equals -= others[n] > border
@@ -147,9 +146,9 @@ def select(mass, used, size, scale, k, keep, out_ids, out_probs, filled):  # typ
 
 
 @compiled
-def _largest(values, k):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    """The k-th largest value, by Hoare's selection; the values change places."""
-    low, high, wanted = 0, len(values) - 1, k - 1
+def _largest(values, count, k):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """The k-th largest of the first `count` values, by Hoare's selection; the values change places."""
+    low, high, wanted = 0, count - 1, k - 1
     while low < high:
         pivot = values[(low + high) // 2]
         a, b = low, high

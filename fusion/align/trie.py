@@ -48,7 +48,7 @@ def make_trie(spelling: Spelling) -> Trie:
     return Trie(slots, bits, nodes, ids, ranks)
 
 
-@compiled(inline="always")
+@compiled
 def _slot(key, bits):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     return np.int64((key * _GOLDEN) >> np.uint64(64 - bits))
 
