@@ -363,7 +363,8 @@ def test_against_a_reference(seed: int) -> None:
         expected = naive(made, reading, place)
         assert (n in found) == bool(expected)
         if expected:
-            assert found[n] == pytest.approx(expected, abs=2e-4)
+            for i in {*found[n], *expected}:  # shares that are too small are not written down
+                assert found[n].get(i, 0) == pytest.approx(expected.get(i, 0), abs=2e-4)
             assert sum(found[n].values()) <= 1 + 1e-5
 
 
