@@ -54,12 +54,15 @@ class Follower:
     def __init__(self, map: Map, width: int, inside: bool = True, known: float = KNOWN):
         self.map, self.inside, self.known = map, inside, known
         trie, source = make_trie(map.target), map.source
-        self._trie = (trie.slots, trie.bits, trie.nodes, trie.ids)
+        self._trie = (trie.slots, trie.bits, trie.nodes, trie.children, trie.ids)
         self._spread = _largest_first(widest(map.matrix, width))
         self._ranked = _rows(map.matrix, trie.ranks)
         self._first = _rows(map.first, None)[:3]
         ends, longest = walks(*self._trie[:3], source.flat, source.offsets[:-1], source.offsets[1:])
-        self._whole = (ends, longest, opens(ends, self._ranked, trie.nodes))
+        heads = np.full(len(source), -1, dtype=np.int16)  # each token's first byte, -1 where it spells nothing
+        spelled = np.flatnonzero(source.lengths > 0)
+        heads[spelled] = source.flat[source.offsets[spelled]]
+        self._whole = (ends, longest, opens(ends, self._ranked, trie.nodes), heads)
         self._bags: list[tuple[np.ndarray, np.ndarray]] = []  # scratch, clean; taken and given back by each call
 
     def project(self, heard: Heard, places: np.ndarray, keep: np.ndarray, k: int) -> tuple[np.ndarray, Sparse]:
@@ -95,7 +98,7 @@ class Follower:
         )
         read, stood = np.require(heard.ids, np.int32, ["C", "W"]), np.require(heard.boundary, np.int64, ["C", "W"])
         size = len(self.map.target)
-        bag = self._bags.pop() if self._bags else (np.zeros(size), np.zeros(size, dtype=np.int32))
+        bag = self._bags.pop() if self._bags else (np.zeros(size, dtype=np.float32), np.zeros(size, dtype=np.int32))
         found = follow(
             (read, stood, follows, *fitted(read, follows, offsets, ids, probs)),
             (offsets, ids, probs),
@@ -120,7 +123,7 @@ def _largest_first(matrix: csr_array) -> tuple[np.ndarray, np.ndarray, np.ndarra
     """A matrix's rows as starts, columns and values."""
     rows = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
     order = np.lexsort((matrix.indices, -matrix.data, rows))
-    return matrix.indptr.astype(np.int64), matrix.indices[order].astype(np.int32), matrix.data[order].astype(np.float64)
+    return matrix.indptr.astype(np.int32), matrix.indices[order].astype(np.int32), matrix.data[order].astype(np.float32)
 
 
 def _rows(matrix: csr_array, ranks: np.ndarray | None) -> _Rows:

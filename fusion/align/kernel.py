@@ -7,7 +7,7 @@ import numpy as np
 
 from fusion.align.compiled import compiled
 from fusion.align.project import select
-from fusion.align.trie import HIGH, LONGER, LOW, TOKEN, step, walk
+from fusion.align.trie import HIGH, LONGER, LOW, TOKEN, walk
 
 _SETTLED = 0.01  # a row whose longer tokens hold less of it than this is not followed any further
 _NEGLIGIBLE = 1e-4  # nor is mass below this
@@ -123,8 +123,8 @@ def follow(heard, entries, wanted, spelled, spread, ranked, first, trie, whole, 
     ss, sc, sv = spread
     rs, rc, rv, rr = ranked
     fs, fc, fv = first
-    slots, bits, nodes, ids = trie
-    whole_node, whole_longest, whole_opens = whole
+    slots, bits, nodes, children, ids = trie
+    whole_node, whole_longest, whole_opens, heads = whole
     mass, used = bag
     known_ids = len(ends) - 1
     out_offsets = np.zeros(len(targets) + 1, dtype=np.int64)
@@ -208,20 +208,14 @@ def follow(heard, entries, wanted, spelled, spread, ranked, first, trie, whole, 
                 if t >= known_ids:
                     rest += part
                     continue
-                start, stop = ends[t], ends[t + 1]
-                if start == stop:  # the text ends here
-                    if exact >= 0:
-                        over += part
-                    else:
-                        rest += part
+                head = heads[t]
+                if head < 0 and exact < 0:  # the text ends here, and this is no token
+                    rest += part
                     continue
-                there, met = step(slots, bits, node, flat[start]), longest
-                if there < 0:  # as most do: a new word begins, the token is over
-                    over += part
+                if head < 0 or not (children[node, head >> 6] >> np.uint64(head & 63)) & np.uint64(1):
+                    over += part  # as most do: the text ends or a new word begins, the token is over
                     continue
-                if nodes[there, TOKEN] >= 0:
-                    met = nodes[there, TOKEN]
-                there, met = walk(slots, bits, nodes, there, met, flat, start + 1, stop)
+                there, met = walk(slots, bits, nodes, node, longest, flat, ends[t], ends[t + 1])
                 size = _settle(mass, used, size, share * part, there, met, row, rs, rc, rv, rr, fs, fc, fv, nodes, ids)
             size = _settle(mass, used, size, share * over, -1, longest, row, rs, rc, rv, rr, fs, fc, fv, nodes, ids)
             size = _settle(mass, used, size, share * rest, node, longest, row, rs, rc, rv, rr, fs, fc, fv, nodes, ids)

@@ -22,6 +22,8 @@ class Trie(NamedTuple):
         bits: log2 of its length.
         nodes: int32 (nodes, 4). TOKEN is the id that a node spells, -1 where it spells none, of several the preferred
             one; ranks from LOW to HIGH begin with the node, and those from LONGER on are longer than it.
+        children: uint64 (nodes, 4), the bytes with which a node goes on, byte b as bit b mod 64 of word b div 64: most
+            candidates end here, and one look at this spares each of them a look into the table.
         ids: int32 (ranks,), rank → token id.
         ranks: int32 (V,), token id → rank, -1 for ids that spell nothing.
     """
@@ -29,6 +31,7 @@ class Trie(NamedTuple):
     slots: np.ndarray
     bits: int
     nodes: np.ndarray
+    children: np.ndarray
     ids: np.ndarray
     ranks: np.ndarray
 
@@ -42,10 +45,10 @@ def make_trie(spelling: Spelling) -> Trie:
     flat = np.frombuffer(b"".join(pieces[n] for n in order), dtype=np.uint8)
     ends = np.cumsum(spelling.lengths[ids]).astype(np.int64)
     bits = max(4, int(2 * len(flat) + 2).bit_length())
-    slots, nodes = _build(flat, np.append(0, ends), ids, bits)
+    slots, nodes, children = _build(flat, np.append(0, ends), ids, bits)
     ranks = np.full(len(spelling), -1, dtype=np.int32)
     ranks[ids] = np.arange(len(ids), dtype=np.int32)
-    return Trie(slots, bits, nodes, ids, ranks)
+    return Trie(slots, bits, nodes, children, ids, ranks)
 
 
 @compiled
@@ -90,6 +93,7 @@ def walks(slots, bits, nodes, flat, starts, stops):  # type: ignore[no-untyped-d
 def _build(flat, offsets, ids, bits):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     slots = np.full(1 << bits, _EMPTY, dtype=np.uint64)
     nodes = np.zeros((len(flat) + 1, 4), dtype=np.int32)
+    children = np.zeros((len(flat) + 1, 4), dtype=np.uint64)
     nodes[:, 0] = -1
     nodes[0, 3] = len(ids)
     last, filled = (1 << bits) - 1, 1
@@ -102,6 +106,7 @@ def _build(flat, offsets, ids, bits):  # type: ignore[no-untyped-def]  # pragma:
                 slot = (slot + 1) & last
             if slots[slot] == _EMPTY:
                 slots[slot] = (key << np.uint64(32)) | np.uint64(filled)
+                children[node, flat[at] >> 6] |= np.uint64(1) << np.uint64(flat[at] & 63)
                 nodes[filled, 1] = rank
                 nodes[filled, 2] = rank
                 filled += 1
@@ -110,4 +115,4 @@ def _build(flat, offsets, ids, bits):  # type: ignore[no-untyped-def]  # pragma:
         if nodes[node, 0] < 0:
             nodes[node, 0] = ids[rank]
         nodes[node, 2] = rank + 1
-    return slots, nodes[:filled].copy()
+    return slots, nodes[:filled].copy(), children[:filled].copy()
