@@ -124,7 +124,7 @@ def _measure(
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """How much each source id is used, and the map's figures on a part of the corpus."""
     used, taught, wanted, mass, samples = np.zeros(len(made.source)), 0, 0, [0.0, 0.0], 0
-    nats, length = np.zeros(2), 0
+    nats, length, has_target = np.zeros(2), 0, made.rows_mass
     for sample in corpus:
         heard = cache.get(sample.id)
         if heard is None:
@@ -137,7 +137,7 @@ def _measure(
         used += np.bincount(heard.entries.ids[known], heard.entries.probs[known], len(used))
         taught, wanted = taught + len(rows), wanted + len(at)
         mass[0] += float(heard.entries.probs.sum(dtype=np.float64))
-        mass[1] += float((heard.entries.probs * made.rows_mass[np.minimum(heard.entries.ids, len(used))]).sum())
+        mass[1] += float((heard.entries.probs * has_target[np.minimum(heard.entries.ids, len(used))]).sum())
         sizes = made.target.lengths[labels[rows]]
         told = compare(heard, rendered.boundary[at][rows], labels[rows], sizes, said)
         even = 1 / len(made.target)  # what a map loses is spread evenly, and no figure is infinite
