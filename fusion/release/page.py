@@ -158,8 +158,9 @@ against the pivot; down is better.{% endcall %}
 {% call plot("teachers") %}Share of each target's positions that a source taught, beside the label; the
 rest had the label alone.{% endcall %}
 <h2>Alignment</h2>
-<p>Coverage: positions of the target that a source could teach. Ids: of the source's vocabulary. Mass kept:
-probability that the map carries over.</p>
+<p>Coverage: positions of the target that a source could teach. Ids: of the source's vocabulary. Mass mapped:
+probability that the map carries over. Bits a byte: of the text that follows, by what the source says in the target's
+tokens, beside the source's own over the same bytes.</p>
 {{ table(["source", "coverage", "ids mapped", "ids seen", "mass mapped", "bits a byte", "the source's own"], align) }}
 <h2>Caches</h2>
 {{ table(["source", "samples", "tokens", "bytes a token", "train bits per byte", "tokens a second", "MB"],
