@@ -14,7 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
 
-from fusion.records import Carries, Heard, Message, Sample, Sparse, sample_id
+from fusion.records import Heard, Message, Sample, Sparse, sample_id
 from fusion.tokens.render import Renderer
 from fusion.tokens.words import space_mark, token_strings
 
@@ -159,11 +159,6 @@ def fewer(heard: Heard, k: int) -> Heard:
     ids, probs = (a.reshape(-1, width)[:, :k].ravel() for a in (heard.entries.ids, heard.entries.probs))
     entries = Sparse(np.arange(len(heard.ids) + 1, dtype=np.int64) * k, ids, probs)
     return Heard(heard.ids, heard.boundary, heard.carries, heard.logp, entries, heard.content_bytes)
-
-
-def content(heard: Heard) -> np.ndarray:
-    """bool (n,), the positions that predict text and not its end."""
-    return heard.carries == Carries.CONTENT
 
 
 def door(main: Callable[[], None]) -> None:
