@@ -21,6 +21,7 @@ from common import (
     door,
     entries_of,
     mark_of,
+    pair_arguments,
     pairs_of,
     parsed,
     renderer_of,
@@ -73,8 +74,7 @@ def best_of(times: int, work: Callable[[], Any]) -> float:
 
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--target", action="append", help="a target tokenizer's folder, or its name in ../shared")
-    parser.add_argument("--source", action="append", help="a source tokenizer's folder, or its name in ../shared")
+    pair_arguments(parser)
     parser.add_argument("--model", help="a source model's folder: its own entries, and not drawn ones")
     parser.add_argument("--text", action="append", help="JSON lines; ../shared/text by default")
     parser.add_argument("--k", type=int, default=16, help="entries of the source at a position")

@@ -186,6 +186,12 @@ def arguments(about: str) -> argparse.ArgumentParser:
     return parser
 
 
+def pair_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that name pairs of tokenizers."""
+    parser.add_argument("--target", action="append", help="a target tokenizer's folder, or its name in ../shared")
+    parser.add_argument("--source", action="append", help="a source tokenizer's folder, or its name in ../shared")
+
+
 def pairs_of(targets: Sequence[str] | None, sources: Sequence[str] | None) -> list[tuple[str, str]]:
     """Every target with every source, or the six pairs of the README."""
     if bool(targets) != bool(sources):

@@ -18,6 +18,7 @@ from common import (
     arguments,
     door,
     mark_of,
+    pair_arguments,
     pairs_of,
     parsed,
     renderer_of,
@@ -35,8 +36,7 @@ from fusion.records import Carries
 
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--target", action="append", help="a target tokenizer's folder, or its name in ../shared")
-    parser.add_argument("--source", action="append", help="a source tokenizer's folder, or its name in ../shared")
+    pair_arguments(parser)
     parser.add_argument(
         "--text", action="append", help="JSON lines with `text` or `messages`; ../shared/text by default"
     )

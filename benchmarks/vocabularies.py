@@ -14,7 +14,20 @@ from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
-from common import TEXTS, arguments, door, mark_of, pairs_of, parsed, renderer_of, samples_of, show, words_of, write
+from common import (
+    TEXTS,
+    arguments,
+    door,
+    mark_of,
+    pair_arguments,
+    pairs_of,
+    parsed,
+    renderer_of,
+    samples_of,
+    show,
+    words_of,
+    write,
+)
 from fidelity import counted
 from published import min_edit as published_min_edit
 
@@ -36,8 +49,7 @@ def statistics_of(source: Renderer, target: Renderer, corpus: list[Sample]) -> A
 
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--target", action="append", help="a target tokenizer's folder, or its name in ../shared")
-    parser.add_argument("--source", action="append", help="a source tokenizer's folder, or its name in ../shared")
+    pair_arguments(parser)
     parser.add_argument("--model", action="append", dest="source", help="a source model's folder, for its tokenizer")
     parser.add_argument("--text", action="append", help="JSON lines; ../shared/text by default")
     given = parsed(parser)

@@ -11,36 +11,24 @@ import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numba
 
 _ROOM = Path(__file__).parent
 
 
-@overload
-def compiled(function: Callable[..., Any]) -> Any: ...
-
-
-@overload
-def compiled(*, inline: str = "never") -> Callable[[Callable[..., Any]], Any]: ...
-
-
-def compiled(function: Callable[..., Any] | None = None, *, inline: str = "never") -> Any:
+def compiled(function: Callable[..., Any]) -> Any:
     """`numba.njit` that lets other threads run, with this room's cache."""
-
-    def compile_(function: Callable[..., Any]) -> Any:
-        settings: Any = numba.config
-        before, settings.CACHE_DIR = settings.CACHE_DIR, _folder()
-        compile_now: Any = numba.njit
-        try:
-            return compile_now(function, cache=True, nogil=True, inline=inline)
-        except RuntimeError:  # numba finds no place that can be written
-            return compile_now(function, nogil=True, inline=inline)
-        finally:
-            settings.CACHE_DIR = before
-
-    return compile_ if function is None else compile_(function)
+    settings: Any = numba.config
+    before, settings.CACHE_DIR = settings.CACHE_DIR, _folder()
+    compile_now: Any = numba.njit
+    try:
+        return compile_now(function, cache=True, nogil=True)
+    except RuntimeError:  # numba finds no place that can be written
+        return compile_now(function, nogil=True)
+    finally:
+        settings.CACHE_DIR = before
 
 
 @cache
