@@ -8,7 +8,8 @@ renamed; the manifest, with sizes and checksums, comes last.
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,71 @@ def atomic(path: Path) -> Iterator[Path]:
     finally:
         with suppress(FileNotFoundError):
             part.unlink()
+
+
+def sweep(folder: Path) -> None:
+    """Remove what writers that were killed left half-written. Nobody may be writing."""
+    for part in folder.rglob(".*.part"):
+        part.unlink(missing_ok=True)
+
+
+class Journal:
+    """Which files of an unfinished folder are whole: a line of JSON a file, written after the file is.
+
+    Every rank has a journal of its own under `work/`; all are read. A line that was cut off counts for nothing.
+    """
+
+    def __init__(self, folder: Path, name: str):
+        self._folder, self._path = folder, folder / "work" / f"whole-{name}.jsonl"
+
+    def add(self, path: Path) -> None:
+        """Write down a file of the folder as it is on the disk now."""
+        self.note({path.relative_to(self._folder).as_posix(): _told(path)})
+
+    def note(self, files: Mapping[str, Mapping[str, Any]]) -> None:
+        """Write down files with their sizes and checksums."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a") as file:
+            # begins a line too: the one before may have been cut off
+            file.writelines("\n" + json.dumps([name, told]) + "\n" for name, told in files.items())
+            file.flush()
+            os.fsync(file.fileno())
+
+    @staticmethod
+    def read(folder: Path) -> dict[str, dict[str, Any]]:
+        """Name → size and checksum of every file that was whole when it was written."""
+        found = {}
+        for path in sorted(folder.glob("work/whole-*.jsonl")):
+            for line in path.read_text(errors="replace").splitlines():
+                with suppress(ValueError, KeyError, TypeError):
+                    name, told = json.loads(line)
+                    found[str(name)] = {"bytes": int(told["bytes"]), "sha256": str(told["sha256"])}
+        return found
+
+
+def damage(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Of files with the sizes and checksums that they should have, those that are otherwise, and how."""
+
+    def look(item: tuple[str, Mapping[str, Any]]) -> tuple[str, str]:
+        name, told = item
+        path = folder / name
+        if not path.exists():
+            return name, "is missing"
+        if path.stat().st_size != told["bytes"] or file_digest(path) != told["sha256"]:
+            return name, "fails its checksum"
+        return name, ""
+
+    return {name: how for name, how in _in_threads(look, files.items()) if how}
+
+
+def _told(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+
+
+def _in_threads(work: Any, items: Iterable[Any]) -> list[Any]:
+    """Hashes are counted outside Python's lock: several files at a time keep a disk busy."""
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(work, items))
 
 
 def write_json(path: Path, value: object) -> None:
@@ -95,11 +161,9 @@ class Artifact:
         names = sorted(
             p for p in self.folder.rglob("*") if p.is_file() and not p.name.endswith(".part") and p.name != MANIFEST
         )
-        files = {
-            p.relative_to(self.folder).as_posix(): {"bytes": p.stat().st_size, "sha256": file_digest(p)}
-            for p in names
-            if "work" not in p.relative_to(self.folder).parts[:1]
-        }
+        whole = [p for p in names if "work" not in p.relative_to(self.folder).parts[:1]]
+        told = _in_threads(_told, whole)
+        files = {p.relative_to(self.folder).as_posix(): t for p, t in zip(whole, told, strict=True)}
         write_json(
             self.folder / MANIFEST,
             {
@@ -143,10 +207,6 @@ def verify(folder: Path) -> dict[str, Any]:
         ValueError: a file is missing, cut short or changed; it is named.
     """
     manifest = read_manifest(folder)
-    for name, told in manifest["files"].items():
-        path = folder / name
-        if not path.exists():
-            raise ValueError(f"{path}: is missing; remove {folder} and run the {manifest['stage']} stage again")
-        if path.stat().st_size != told["bytes"] or file_digest(path) != told["sha256"]:
-            raise ValueError(f"{path}: fails its checksum; remove {folder} and run the {manifest['stage']} stage again")
+    for name, how in damage(folder, manifest["files"]).items():
+        raise ValueError(f"{folder / name}: {how}; start again with --repair to make it anew")
     return manifest

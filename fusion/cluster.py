@@ -3,8 +3,8 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -112,6 +112,78 @@ def barrier() -> None:
 def share(items: Sequence[T]) -> list[T]:
     """This rank's items: every world()-th, beginning at its own number."""
     return list(items[rank() :: world()])
+
+
+def claims(items: Sequence[T], folder: Path) -> Iterator[T]:
+    """The items that this rank is the first to ask for: a rank that is done with one takes the next.
+
+    A claim is an empty file in `folder`, which all ranks see and which must be gone before the first of them asks.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for item in items:
+        with suppress(FileExistsError):
+            os.close(os.open(folder / f"claim-{item}", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            yield item
+
+
+def in_step(items: Iterable[T], work: Callable[[T | None], None]) -> None:
+    """Do `work` for each item, all ranks at the same time: for work in which all ranks take part in each other's.
+
+    A rank that has no more items works on None until all are through. What one raises (ValueError, OSError) stops all
+    of them and is raised by that one; see `together`.
+    """
+    failure: Exception | None = None
+    waiting = iter(items)
+    while True:
+        item = None
+        try:
+            item = next(waiting, None) if failure is None else None
+        except (ValueError, OSError) as error:
+            failure = error
+        busy, failed = most([item is not None, failure is not None])
+        if failed or not busy:
+            break
+        try:
+            work(item)
+        except (ValueError, OSError) as error:
+            failure = error
+    if failure is not None:
+        raise failure
+
+
+def most(values: Sequence[int]) -> list[int]:
+    """The largest of all ranks' values, one by one."""
+    if world() == 1:
+        return [int(v) for v in values]
+    import torch
+
+    held = torch.tensor([int(v) for v in values], device=device())
+    torch.distributed.all_reduce(held, torch.distributed.ReduceOp.MAX)
+    return [int(v) for v in held]
+
+
+@contextmanager
+def partitioned(load: Callable[[], Any], dtype: str) -> Iterator[Any]:
+    """A model to read with whose weights lie spread over all ranks (ZeRO-3): each holds its part and asks for the rest.
+
+    Every rank must call the same modules in the same order. Weights are spread while they are loaded.
+    """
+    import deepspeed
+    from transformers.integrations import HfDeepSpeedConfig
+
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3},
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "fp16": {"enabled": dtype == "float16"},
+    }
+    held = HfDeepSpeedConfig(settings)  # while it lives, transformers spreads what it loads
+    try:
+        engine, *_ = deepspeed.initialize(model=load(), config=settings)
+        yield engine.module.eval()
+        engine.destroy()
+    finally:
+        del held
 
 
 def broadcast(value: T) -> T:

@@ -32,6 +32,7 @@ class Model:
     attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = False
     cache: str | None = None  # a cache captured before, used as it is
+    parallel: Literal["none", "zero3"] = "none"  # zero3: captured with its weights spread over all ranks
     parameters: Annotated[float, Field(gt=0)] | None = None  # for --plan, while the model is not here
 
 
@@ -64,8 +65,14 @@ class Prepare:
 class Capture:
     """What is kept of each source's next-token distributions."""
 
-    sampler: Literal["top_k"] = "top_k"
-    k: Annotated[int, Field(gt=0, lt=65536)] = 32
+    # exact entries: top_k (k of them), nucleus (those that reach `mass`, k at most); draws that stand for the whole:
+    # random; k exact entries and draws for the rest: hybrid
+    sampler: Literal["top_k", "nucleus", "random", "hybrid"] = "random"
+    k: Annotated[int, Field(gt=0, lt=65536)] = 64
+    mass: Annotated[float, Field(gt=0, le=1)] = 0.95
+    draws: Annotated[int, Field(gt=0, lt=65536)] = 50
+    temperature: Annotated[float, Field(gt=0, le=4)] = 1.0  # draws come from q^temperature; weights make up for it
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # a sample whose logits are NaN or infinite
     batch_tokens: Positive = 8192
     too_long: Literal["refuse", "skip"] = "refuse"  # a sample longer than the source's context
 

@@ -16,7 +16,7 @@ from fusion.config import Config, Model
 # stage → its module, and the number of its format: raised when the same settings no longer give the same bytes
 STAGES = {
     "prepare": ("data_prep.stage", 1),
-    "capture": ("fusion.capture.stage", 2),
+    "capture": ("fusion.capture.stage", 3),
     "align": ("fusion.align.stage", 2),
     "distill": ("fusion.distill.stage", 2),
     "merge": ("fusion.merge.stage", 1),
@@ -27,9 +27,16 @@ _IDLE = {
     "per_rank",
     "save_steps",
     "too_long",
+    "on_nonfinite",
     "gradient_checkpointing",
     "batch_tokens",
     "data",
+}
+_SAMPLERS = {  # the settings that each sampler asks
+    "top_k": ("k",),
+    "nucleus": ("k", "mass"),
+    "random": ("draws", "temperature"),
+    "hybrid": ("k", "draws", "temperature"),
 }
 _OF_TEACHERS = {"gate", "pivot", "missing_mass", "k", "label_weight", "topology"}
 
@@ -174,7 +181,11 @@ def plan(config: Config, found: Found) -> list[Task]:
         if m.cache is not None:
             caches[m.name] = (Path(m.cache), str(read_manifest(Path(m.cache))["key"]))
         else:
-            how = {**_settings(config.capture), "dtype": m.dtype, "template": hub.template_of(m)}
+            how = {
+                **_settings(config.capture, "sampler", *_SAMPLERS[config.capture.sampler]),
+                "dtype": m.dtype,
+                "template": hub.template_of(m),
+            }
             caches[m.name] = task("capture", m.name, how, {"prepare": prepare, "model": model(m)})
     for m in teachers:
         if m is config.pivot and config.distill.pivot != "teach":

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from fusion.artifact import Artifact
 from fusion.capture import stage
-from fusion.capture.cache import Cache, shard_name, shard_rows, write_shard
+from fusion.capture.cache import Cache, shard_facts, shard_name
 from fusion.capture.sample import top_k
 from fusion.config import Capture, Config, Dataset, Model, Prepare
 from fusion.corpus import Corpus, write_samples
@@ -24,7 +24,7 @@ K = 6
 def fusion(source: Path, **settings: Any) -> Config:
     model = Model(str(source), "a", dtype="float32")
     data = (Dataset("none.jsonl"),)
-    return Config("small", Model("none"), (model,), Prepare(data), capture=Capture(k=K, **settings))
+    return Config("small", Model("none"), (model,), Prepare(data), capture=Capture(**({"sampler": "top_k", "k": K} | settings)))
 
 
 def capture(root: Path, source: Path, prepared: Path, **settings: Any) -> tuple[Artifact, dict[str, Any]]:

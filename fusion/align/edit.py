@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.sparse import csr_array
 
-from fusion.align.compiled import compiled
+from fusion.compiled import compiled
 
 _WORD = 64  # bits: strings up to this length are compared a whole column at a time
 _CHUNK = 256  # strings that a thread takes at one time

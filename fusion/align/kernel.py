@@ -5,9 +5,9 @@ Arrays go one by one and not as records: a record is copied at every call that i
 
 import numpy as np
 
-from fusion.align.compiled import compiled
 from fusion.align.project import select
 from fusion.align.trie import HIGH, LONGER, LOW, TOKEN, walk
+from fusion.compiled import compiled
 
 _SETTLED = 0.01  # a row whose longer tokens hold less of it than this is not followed any further
 _NEGLIGIBLE = 1e-4  # nor is mass below this

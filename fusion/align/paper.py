@@ -11,9 +11,9 @@ from typing import Literal
 
 import numpy as np
 
-from fusion.align.compiled import compiled
 from fusion.align.edit import Words, replaced, spell
 from fusion.align.warp import contained, warp
+from fusion.compiled import compiled
 from fusion.records import Sparse
 
 Method = Literal["fusellm", "fusechat"]

@@ -3,7 +3,7 @@
 import numpy as np
 from scipy.sparse import csr_array
 
-from fusion.align.compiled import compiled
+from fusion.compiled import compiled
 from fusion.records import Sparse
 
 

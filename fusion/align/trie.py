@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fusion.align.compiled import compiled
 from fusion.align.spelling import Spelling
+from fusion.compiled import compiled
 
 _EMPTY = np.uint64(0xFFFFFFFFFFFFFFFF)
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

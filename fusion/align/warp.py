@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from fusion.align.compiled import compiled
 from fusion.align.edit import Words, distance
+from fusion.compiled import compiled
 
 _ROWS = 64  # rows of the table that are solved side by side
 _LANES = 8  # words that one word is compared with side by side

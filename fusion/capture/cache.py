@@ -1,7 +1,9 @@
-"""The store of what a source said: parquet, a row a sample, joined by id; docs/cache.md tells what a column means."""
+"""The store of what a source said: parquet, a row a sample, joined by id; docs/cache.md tells what each byte means."""
 
+import json
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +12,154 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fusion.artifact import atomic, read_manifest
+from fusion.capture import code
 from fusion.records import Heard, Sparse
 
+FORMAT = 3
+_NUMBERS = ("tokens", "ends", "logp", "left", "head", "drawn")  # in the order of their raw bits
+_IDS = tuple(f"ids_{n}" for n in range(code.STREAMS))
+_BYTES = (*_NUMBERS, *_IDS, "counts", "carries", "head_logp", "drawn_logp", "bits", "id_bits")
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
+        ("left_out", pa.string()),
         ("content_bytes", pa.int32()),
-        ("tokens", pa.list_(pa.int32())),
-        ("boundary", pa.list_(pa.int32())),
-        ("carries", pa.list_(pa.uint8())),
-        ("logp", pa.list_(pa.float32())),
-        ("kept", pa.list_(pa.uint16())),
-        ("entry_ids", pa.list_(pa.int32())),
-        ("entry_logp", pa.list_(pa.float16())),
+        ("positions", pa.int32()),
+        *((name, pa.binary()) for name in _BYTES),
     ]
 )
-_GROUP = 16  # samples that are decoded together: small, for shuffled reading
+_GROUP = 4096  # positions that are read together: few, for shuffled reading
+_MOST = 1 << 24  # the largest code of a log-probability: of one that is nought
+_OPEN = 64  # files and groups that are kept at hand
+VOCABULARY, INDEX = "vocabulary.parquet", "index.parquet"
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a source said of one sample, before it is coded. Arrays have n rows, one a position.
+
+    Attributes:
+        id: the sample's.
+        heard: ids, places, carries and log-probabilities as they are read back; its entries are not asked.
+        left: float32 (n,), mass beyond the exact entries and the token that followed.
+        head, head_logp: exact entries (n, K), id -1 where a row has no more.
+        drawn, counts, drawn_logp: drawn ones (n, D).
+    """
+
+    id: str
+    heard: Heard
+    left: np.ndarray
+    head: np.ndarray
+    head_logp: np.ndarray
+    drawn: np.ndarray
+    counts: np.ndarray
+    drawn_logp: np.ndarray
+
+
+class Coder:
+    """Rows of the cache to bytes and back.
+
+    Args:
+        order: int32, token ids, the most frequent first: an id's place is its rank, and low ranks take less room.
+        temperature: of the proposal that entries were drawn from. With 1 an entry's weight is its count alone.
+    """
+
+    def __init__(self, order: np.ndarray, temperature: float = 1.0):
+        self.order, self.temperature = np.ascontiguousarray(order, np.int32), temperature
+        self._ranks = np.empty(len(order), dtype=np.int32)
+        self._ranks[self.order] = np.arange(len(order), dtype=np.int32)
+
+    def encode(self, said: Said) -> dict[str, Any]:
+        """A row."""
+        heard, tempered = said.heard, self.temperature != 1
+        n, tokens = len(heard.ids), heard.ids.astype(np.int64)[:, None]
+        room = said.head.size + said.drawn.size
+        symbols, filled = np.empty((code.STREAMS, room), np.uint8), np.zeros(code.STREAMS, np.int64)
+        bits, end = np.zeros(6 * room + 8, np.uint8), 0
+        head = np.where(np.isfinite(said.head_logp), said.head, -1)
+        coded = _coded(said.head_logp, code.PER_ENTRY, 255) << 20
+        heads, head_logp, end = code.put_rows(self._ranks, head, coded, tokens, symbols, filled, bits, end)
+        coded = _coded(said.drawn_logp, code.PER_ENTRY, 255) << 20 | said.counts.astype(np.int64) - 1
+        known = np.concatenate([tokens, head], axis=1)
+        draws, along, end = code.put_rows(self._ranks, said.drawn, coded, known, symbols, filled, bits, end)
+        more = along & 0xFFFFF
+        counts, end = code.put_counts(more[more > 0] - 1, bits, end)
+        row: dict[str, Any] = {
+            "id": said.id,
+            "content_bytes": heard.content_bytes,
+            "positions": n,
+            "counts": counts,
+            "carries": heard.carries,
+            "head_logp": (head_logp >> 20).astype(np.uint8),
+            "drawn_logp": (along >> 20).astype(np.uint8) if tempered else b"",
+            "id_bits": bits[: (end + 7) // 8],
+            **{name: symbols[s, : filled[s]] for s, name in enumerate(_IDS)},
+        }
+        left = np.log(np.maximum(said.left, 1e-30)) if said.head.shape[1] else np.zeros(0)
+        numbers = {
+            "tokens": self._ranks[heard.ids].astype(np.int64),
+            "ends": _steps(heard.boundary),
+            "logp": _coded(heard.logp, code.PER_POSITION, _MOST),
+            "left": _coded(left, code.PER_POSITION, _MOST),
+            "head": heads,
+            "drawn": draws,
+        }
+        bits, end = np.zeros(4 * sum(map(len, numbers.values())) + 8, np.uint8), 0
+        for name, values in numbers.items():
+            row[name], end = code.put_all(values, bits, end)
+        row["bits"] = bits[: (end + 7) // 8]
+        return {k: v.tobytes() if isinstance(v, np.ndarray) else v for k, v in row.items()}
+
+    def decode(self, row: Mapping[str, Any]) -> Heard:
+        """What `encode` was given, entries and log-probabilities as exactly as they are kept.
+
+        Args:
+            row: the columns; of those of bytes, uint8 arrays.
+        """
+        at, n = 0, {}
+        for name in _NUMBERS:
+            n[name], at = code.get_all(row[name], row["bits"], at)
+        tokens, logp = self.order[n["tokens"]], _plain(n["logp"], code.PER_POSITION)
+        left = np.exp(_plain(n["left"], code.PER_POSITION)) if len(n["left"]) else -np.expm1(logp)
+        symbols = np.concatenate([row[name] for name in _IDS])
+        heads = np.cumsum([0, *(len(row[name]) for name in _IDS[:-1])])
+        head, _, at = code.get_rows(self.order, n["head"], symbols, heads, row["id_bits"], 0)
+        drawn, more, at = code.get_rows(self.order, n["drawn"], symbols, heads, row["id_bits"], at)
+        weights = 1.0 + more
+        weights[more > 0] += code.get_counts(row["counts"], int(more.sum()), row["id_bits"], at)[0]
+        if self.temperature != 1:
+            weights = weights * np.exp(_plain(row["drawn_logp"], code.PER_ENTRY) * (1 - self.temperature))
+        exact = (n["head"], head, np.exp(_plain(row["head_logp"], code.PER_ENTRY)))
+        entries = code.together(tokens, logp, left, exact, (n["drawn"], drawn, weights))
+        return Heard(
+            tokens,
+            _places(n["ends"]),
+            row["carries"],
+            logp.astype(np.float32),
+            Sparse(*entries),
+            row["content_bytes"],
+        )
+
+
+def _coded(logp: np.ndarray, unit: int, most: int) -> np.ndarray:
+    """Log-probabilities as whole numbers, by their square root: the likely ones exactly, and none out of range."""
+    return np.minimum(np.rint(np.sqrt(np.maximum(-logp.astype(np.float64), 0)) * unit), most).astype(np.int64)
+
+
+def _plain(coded: np.ndarray, unit: int) -> np.ndarray:
+    return -np.square(coded.astype(np.float64) / unit)
+
+
+def _steps(places: np.ndarray) -> np.ndarray:
+    """0 where a position stands at no place, else 1 + how far it is from the place before (the first one from 0)."""
+    stands = np.flatnonzero(places >= 0)
+    steps = np.zeros(len(places), dtype=np.int64)
+    steps[stands] = np.diff(places[stands], prepend=0) + 1
+    return steps
+
+
+def _places(steps: np.ndarray) -> np.ndarray:
+    return np.where(steps > 0, np.cumsum(np.maximum(steps - 1, 0)), -1)
 
 
 def shard_name(n: int) -> str:
@@ -33,19 +167,113 @@ def shard_name(n: int) -> str:
     return f"shard-{n:06d}.parquet"
 
 
-def write_shard(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write one shard atomically."""
-    table = pa.Table.from_pylist(rows, SCHEMA)
+def write_shard(path: Path, rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> None:
+    """Write one shard atomically.
+
+    Args:
+        rows: in the order of the samples; one that was left out has an `id` and a reason in `left_out`, and no more.
+        about: what made it, kept as JSON among the file's metadata.
+    """
+    empty = dict.fromkeys(_BYTES, b"")
+    schema = SCHEMA.with_metadata({"fusion": json.dumps({"format": FORMAT, **about}, sort_keys=True)})
+    with atomic(path) as part, _writer(part, schema) as writer:
+        for group in _groups(rows):
+            whole = [{"left_out": None, "content_bytes": 0, "positions": 0, **empty, **row} for row in group]
+            writer.write_table(pa.Table.from_pylist(whole, schema))
+
+
+def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    return pq.ParquetWriter(
+        path,
+        schema,
+        compression="zstd",
+        compression_level=3,
+        use_dictionary=False,
+        write_statistics=False,
+        write_page_checksum=True,
+    )
+
+
+def _groups(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
+    group: list[Mapping[str, Any]] = []
+    filled = 0
+    for row in rows:
+        group.append(row)
+        filled += row.get("positions", 0)
+        if filled >= _GROUP:
+            yield group
+            group, filled = [], 0
+    if group:
+        yield group
+
+
+def write_vocabulary(path: Path, order: np.ndarray) -> None:
+    """Write token ids in the order of their ranks."""
     with atomic(path) as part:
-        pq.write_table(table, part, compression="zstd", row_group_size=_GROUP)
+        pq.write_table(pa.table({"id": pa.array(order, pa.int32())}), part, compression="zstd")
 
 
-def shard_rows(path: Path) -> int | None:
-    """How many samples a finished shard has; None where there is no readable shard."""
+def read_vocabulary(path: Path) -> np.ndarray:
+    """int32, token ids in the order of their ranks.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    with _opened(path) as file:
+        order: np.ndarray = _read(path, file, 0)["id"].to_numpy()
+    if not np.array_equal(np.sort(order), np.arange(len(order))):
+        raise ValueError(f"{path}: is damaged (ids are missing or stand twice); start again with --repair")
+    return order
+
+
+def write_index(folder: Path, names: Iterable[str]) -> None:
+    """Write where each sample stands, so that a cache of millions opens without a look at its shards."""
+    schema = pa.schema([("id", pa.string()), ("left_out", pa.string()), *((n, pa.int32()) for n in _PLACE)])
+    with atomic(folder / INDEX) as part, _writer(part, schema) as writer:
+        for shard, name in enumerate(names):
+            with _opened(folder / name) as file:
+                for group in range(file.num_row_groups):
+                    part_of = _read(folder / name, file, group, ["id", "left_out"])
+                    rows = np.arange(part_of.num_rows)
+                    where = [np.full(len(rows), shard), np.full(len(rows), group), rows]
+                    columns = [*part_of.columns, *(pa.array(w, pa.int32()) for w in where)]
+                    writer.write_table(pa.table(columns, schema))
+
+
+_PLACE = ("shard", "group", "row")
+
+
+def _opened(path: Path) -> pq.ParquetFile:
     try:
-        return int(pq.read_metadata(path).num_rows)
-    except (FileNotFoundError, pa.ArrowInvalid):
-        return None
+        return pq.ParquetFile(path, page_checksum_verification=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: is missing; start again with --repair") from None
+    except (OSError, pa.ArrowException) as error:
+        raise _damaged(path, error) from None
+
+
+def _read(path: Path, file: pq.ParquetFile, group: int, columns: list[str] | None = None) -> pa.Table:
+    try:
+        return file.read_row_group(group, columns=columns)
+    except (OSError, pa.ArrowException) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path}: is damaged ({' '.join(str(error).split())[:90]}); start again with --repair")
+
+
+def shard_facts(path: Path) -> dict[str, Any]:
+    """What made a shard, and how many rows it has.
+
+    Raises:
+        ValueError: it is missing, damaged or no shard.
+    """
+    with _opened(path) as file:
+        told = (file.schema_arrow.metadata or {}).get(b"fusion")
+        if told is None:
+            raise ValueError(f"{path}: is no shard of a cache")
+        return {**json.loads(told), "rows": file.metadata.num_rows}
 
 
 class Cache:
@@ -57,75 +285,99 @@ class Cache:
         name: the source's name, for errors.
 
     Raises:
-        ValueError: the folder is no finished cache, or another tokenizer's.
+        ValueError: the folder is no finished cache, or another tokenizer's, or a file is missing or cut short. What is
+            read later is checked against its checksum then.
     """
 
     def __init__(self, folder: Path, tokenizer: str | None = None, name: str = "source"):
-        self.facts: dict[str, Any] = read_manifest(folder)["facts"]
-        if "tokenizer" not in self.facts:
+        manifest = read_manifest(folder)
+        self.facts: dict[str, Any] = manifest["facts"]
+        if "tokenizer" not in self.facts or "shards" not in self.facts:
             raise ValueError(f"{name}: {folder} is not a cache; give the folder of a capture stage")
+        if self.facts.get("cache format") != FORMAT:
+            raise ValueError(f"{name}: the cache {folder} has another format than {FORMAT}; capture it again")
         if tokenizer is not None and self.facts["tokenizer"] != tokenizer:
             made_by = self.facts.get("model", "another model")
             raise ValueError(
                 f"{name}: the cache {folder} was made by {made_by}, whose tokenizer is not {name}'s; capture it again"
             )
-        self._paths = sorted(folder.glob("shard-*.parquet"))
-        self._where: dict[str, tuple[int, int, int]] = {}
-        for f, path in enumerate(self._paths):  # opened one at a time: there can be more than a process may hold open
-            with pq.ParquetFile(path) as file:
-                for group in range(file.num_row_groups):
-                    for row, id in enumerate(file.read_row_group(group, columns=["id"])["id"].to_pylist()):
-                        self._where[id] = (f, group, row)
-        self._decoded: OrderedDict[tuple[int, int], list[Heard]] = OrderedDict()
+        for file, told in manifest["files"].items():
+            if not (folder / file).exists():
+                raise ValueError(f"{name}: {folder / file} is missing; start again with --repair")
+            if (folder / file).stat().st_size != told["bytes"]:
+                raise ValueError(f"{name}: {folder / file} is cut short or changed; start again with --repair")
+        self._folder = folder
+        self._coder = Coder(read_vocabulary(folder / VOCABULARY), self.facts["temperature"])
+        with _opened(folder / INDEX) as file:
+            index = pa.concat_tables(
+                [_read(folder / INDEX, file, n) for n in range(file.num_row_groups)]
+                or [file.schema_arrow.empty_table()]
+            )
+        self._ids = np.array([int(id, 16) for id in index["id"].to_pylist()], dtype=np.uint64)
+        self._order = np.argsort(self._ids, kind="stable")
+        self._sorted = self._ids[self._order]
+        self._where = np.stack([index[name].to_numpy() for name in _PLACE], axis=1)
+        reasons = index["left_out"].to_pylist()
+        self.left_out = {f"{int(self._ids[n]):016x}": why for n, why in enumerate(reasons) if why is not None}
+        self._files: OrderedDict[int, pq.ParquetFile] = OrderedDict()
+        self._groups: OrderedDict[tuple[int, int], _Group] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._where)
+        return len(self._ids) - len(self.left_out)
 
     def __contains__(self, id: str) -> bool:
-        return id in self._where
+        return id not in self.left_out and self._find(id) is not None
 
     def ids(self) -> Iterator[str]:
         """Sample ids in the order of the shards."""
-        return iter(self._where)
+        return (id for n in self._ids if (id := f"{int(n):016x}") not in self.left_out)
 
     def get(self, id: str) -> Heard | None:
-        """What the source said of a sample, None where it has not read it."""
-        where = self._where.get(id)
-        if where is None:
+        """What the source said of a sample, None where it has not read it.
+
+        Raises:
+            ValueError: the file that holds it is damaged.
+        """
+        place = None if id in self.left_out else self._find(id)
+        if place is None:
             return None
-        group = self._decoded.get(where[:2])
-        if group is None:
-            with pq.ParquetFile(self._paths[where[0]]) as file:
-                group = self._decoded[where[:2]] = _decode(file.read_row_group(where[1]))
-            while len(self._decoded) > 64:
-                self._decoded.popitem(last=False)
-        return group[where[2]]
+        shard, group, row = place
+        return self._coder.decode(self._group(shard, group).row(row))
+
+    def _find(self, id: str) -> tuple[int, int, int] | None:
+        number = np.uint64(int(id, 16))
+        n = int(np.searchsorted(self._sorted, number))
+        if n == len(self._sorted) or self._sorted[n] != number:
+            return None
+        shard, group, row = self._where[self._order[n]]
+        return int(shard), int(group), int(row)
+
+    def _group(self, shard: int, group: int) -> "_Group":
+        found = self._groups.pop((shard, group), None)
+        if found is None:
+            path = self._folder / shard_name(shard)
+            file = self._files.pop(shard, None) or _opened(path)
+            self._files[shard] = file
+            found = _Group(_read(path, file, group))
+        self._groups[shard, group] = found
+        while len(self._groups) > _OPEN:
+            self._groups.popitem(last=False)
+        while len(self._files) > _OPEN:
+            self._files.popitem(last=False)[1].close()
+        return found
 
 
-def _decode(table: pa.Table) -> list[Heard]:
-    columns = {name: table[name].combine_chunks() for name in table.column_names}
-    lists = {
-        n: (c.offsets.to_numpy(), c.values.to_numpy(zero_copy_only=False))
-        for n, c in columns.items()
-        if pa.types.is_list(c.type)
-    }
+class _Group:
+    """Some rows of a shard, as their bytes."""
 
-    def cell(name: str, row: int) -> np.ndarray:
-        offsets, values = lists[name]
-        return values[offsets[row] : offsets[row + 1]]
+    def __init__(self, table: pa.Table):
+        self._sizes = table["content_bytes"].to_numpy()
+        self._cells = {}
+        for name in _BYTES:
+            _, offsets, data = table[name].combine_chunks().buffers()
+            starts = np.frombuffer(offsets, np.int32, table.num_rows + 1)
+            self._cells[name] = starts, np.frombuffer(data or b"", np.uint8)
 
-    heard = []
-    for row, content_bytes in enumerate(columns["content_bytes"].to_pylist()):
-        offsets = np.concatenate([[0], np.cumsum(cell("kept", row), dtype=np.int64)])
-        probs = np.exp(cell("entry_logp", row).astype(np.float32))
-        heard.append(
-            Heard(
-                cell("tokens", row),
-                cell("boundary", row).astype(np.int64),
-                cell("carries", row),
-                cell("logp", row),
-                Sparse(offsets, cell("entry_ids", row), probs),
-                content_bytes,
-            )
-        )
-    return heard
+    def row(self, n: int) -> dict[str, Any]:
+        cells = {name: data[starts[n] : starts[n + 1]] for name, (starts, data) in self._cells.items()}
+        return {"content_bytes": int(self._sizes[n]), **cells}

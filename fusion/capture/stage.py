@@ -1,22 +1,36 @@
 """Capture: one source reads every training sample once; what it expects next is kept."""
 
+import hashlib
+import shutil
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from fusion import cluster, hub, tracking
-from fusion.artifact import Artifact
-from fusion.capture.cache import shard_name, shard_rows, write_shard
-from fusion.capture.sample import top_k
-from fusion.config import Capture, Config, Model
+from fusion import cluster, tracking
+from fusion.artifact import Artifact, Journal, damage, file_digest, sweep
+from fusion.capture.cache import (
+    FORMAT,
+    VOCABULARY,
+    Cache,
+    Coder,
+    read_vocabulary,
+    shard_facts,
+    shard_name,
+    write_index,
+    write_shard,
+    write_vocabulary,
+)
+from fusion.capture.reader import NOT_FINITE, TOO_LONG, Batch, Reader
+from fusion.config import Config
 from fusion.corpus import Corpus
-from fusion.records import Carries, Rendered, Sample
-from fusion.tokens.batch import by_length, pad
-from fusion.tokens.render import Renderer
+from fusion.records import Carries, Sample
+
+_NO_FACTS = {"samples": 0, "left out": 0, "tokens": 0, "nats": 0.0, "content_bytes": 0}
+_CALIBRATED = 32  # samples that tell which ids are frequent
 
 
 def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, Any]:
@@ -29,117 +43,191 @@ def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, 
     """
     source = next(m for m in (config.pivot, *config.sources) if m.name == out.subject)
     corpus = Corpus(inputs["prepare"], "train")
-    folder = inputs["model"]
-    reader = _Reader(source, folder, config.capture)
-    missing = cluster.on_main(
-        lambda: [n for n in range(corpus.groups) if shard_rows(out.folder / shard_name(n)) is None]
-    )
+    reader = Reader(source, inputs["model"], config.capture)
+    whole = cluster.on_main(lambda: _begin(out.folder))
+    files = [VOCABULARY, *(shard_name(n) for n in range(corpus.groups))]
+    broken = {name for part in cluster.together(lambda: _broken(out, files, whole)) for name in part}
+    missing: list[int] = []
+    about = {"key": out.key, "source": source.name, "model": source.model, "tokenizer": reader.renderer.table.digest}
     start = time.monotonic()
-    if missing:
-        cluster.together(lambda: reader.load())
-        mine = cluster.share(missing)
-
-        def read() -> None:
-            for n in tracking.progress(mine, f"capture {source.name}", len(mine)):
-                write_shard(out.folder / shard_name(n), reader.read(corpus.group(n)))
-
-        cluster.together(read)
+    if broken:
+        journal = Journal(out.folder, str(cluster.rank()))
+        cluster.together(reader.load)
+        try:
+            if VOCABULARY in broken:
+                cluster.together(lambda: _write_order(out.folder, reader, corpus, journal))
+            order = read_vocabulary(out.folder / VOCABULARY)
+            told = {**about, "vocabulary": hashlib.sha256(order.tobytes()).hexdigest()}
+            others = cluster.on_main(lambda: _of_another_order(out.folder, set(files[1:]) - broken, told))
+            missing = [n for n in range(corpus.groups) if shard_name(n) in broken | others]
+            work = _Work(out.folder, reader, Coder(order, reader.temperature), corpus, journal, told)
+            cluster.together(lambda: work.capture(missing))
+        finally:
+            reader.close()
     seconds = time.monotonic() - start
-    return cluster.on_main(lambda: _facts(out.folder, source, reader.renderer, seconds if missing else 0.0))
+
+    def finish() -> dict[str, Any]:
+        write_index(out.folder, files[1:])
+        new = sum(shard_facts(out.folder / shard_name(n))["facts"]["tokens"] for n in missing)
+        return {
+            **about,
+            "config": file_digest(inputs["model"] / "config.json"),
+            **_facts(out.folder, files[1:], reader),
+            "tokens a second": round(new / seconds, 1) if missing else None,
+        }
+
+    return cluster.on_main(finish)
 
 
-class _Reader:
-    """A source that turns samples into rows of the cache."""
+def repair(folder: Path, files: Mapping[str, Mapping[str, Any]], broken: set[str]) -> None:
+    """Make a finished folder an unfinished one that lacks its broken files alone."""
+    Journal(folder, "before").note({name: told for name, told in files.items() if name not in broken})
 
-    def __init__(self, source: Model, folder: Path, settings: Capture):
-        self.source, self.folder, self.settings = source, folder, settings
-        self.renderer = Renderer(hub.load_tokenizer(source, folder), source.name, hub.template_of(source))
-        self.context = hub.context_of(folder)
-        self.model: Any = None
 
-    def load(self) -> None:
-        """Bring the weights to this rank's device."""
-        self.model = hub.load_model(self.source, self.folder).to(cluster.device())
-        rows = self.model.get_input_embeddings().weight.shape[0]
-        if rows < len(self.renderer.table):
+def accept(config: Config, out: Artifact) -> None:
+    """Look at a cache that was finished before with the settings of now.
+
+    Raises:
+        ValueError: samples were left out that may not be.
+    """
+    settings = config.capture
+    refused = {TOO_LONG: settings.too_long == "refuse", NOT_FINITE: settings.on_nonfinite == "stop"}
+    for id, why in Cache(out.folder, None, out.subject).left_out.items():
+        if refused.get(why):
+            key, skip = ("too_long", "refuse") if why == TOO_LONG else ("on_nonfinite", "stop")
             raise ValueError(
-                f"{self.source.name}: its tokenizer has {len(self.renderer.table)} ids and its model {rows}; "
-                "they are not a pair"
+                f"{out.subject}: its cache {out.folder} was captured without sample {id} ({why}), and capture.{key} is "
+                f"{skip} now; set it to skip, or change the samples"
             )
 
-    def read(self, samples: list[Sample]) -> list[dict[str, Any]]:
-        """Rows of the cache, in the order of the samples; too long ones are left out if the config says so."""
-        rendered = [(n, self.renderer.render(sample)) for n, sample in enumerate(samples)]
-        fits = [(n, r) for n, r in rendered if self._fits(samples[n], r)]
-        rows: dict[int, dict[str, Any]] = {}
-        for batch in by_length(fits, [len(r.ids) for _, r in fits], self.settings.batch_tokens):
-            rows.update(self._forward(samples, batch))
-        return [rows[n] for n in sorted(rows)]
 
-    def _fits(self, sample: Sample, rendered: Rendered) -> bool:
-        if self.context is None or len(rendered.ids) <= self.context:
-            return True
-        if self.settings.too_long == "skip":
-            return False
-        raise ValueError(
-            f"{self.source.name}: sample {sample.id} has {len(rendered.ids)} tokens and the context is {self.context}; "
-            "lower prepare.max_bytes or set capture.too_long: skip"
-        )
-
-    @torch.inference_mode()
-    def _forward(
-        self, samples: list[Sample], batch: list[tuple[int, Rendered]]
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
-        device = cluster.device()
-        ids, mask = (torch.from_numpy(array) for array in pad([r.ids for _, r in batch]))
-        logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
-        for row, (n, r) in enumerate(batch):
-            at = torch.from_numpy(np.flatnonzero(r.carries))
-            try:
-                kept = top_k(logits[row, at.to(device)], ids[row, at + 1].to(device), self.settings.k)
-            except FloatingPointError as error:
-                raise ValueError(
-                    f"{self.source.name}: logits are not finite on sample {samples[n].id}, "
-                    f"position {int(at[error.args[0]])}; try dtype: float32 for this source"
-                ) from None
-            yield n, _row(samples[n], r, at.numpy(), kept.ids.cpu(), kept.logp.cpu(), kept.next_logp.cpu())
+def _begin(folder: Path) -> dict[str, dict[str, Any]]:
+    """Clear away what a killed run left, and tell what it had finished."""
+    sweep(folder)
+    shutil.rmtree(folder / "work" / "claims", ignore_errors=True)
+    return Journal.read(folder)
 
 
-def _row(
-    sample: Sample, r: Rendered, at: np.ndarray, ids: torch.Tensor, logp: torch.Tensor, nxt: torch.Tensor
-) -> dict[str, Any]:
+def _broken(out: Artifact, files: list[str], whole: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """This rank's share of the files: those that are not finished, or not as they were when they were finished."""
+    mine = cluster.share(files)
+    broken = {name for name in mine if name not in whole} | set(
+        damage(out.folder, {name: whole[name] for name in mine if name in whole})
+    )
+    for name in set(mine) - broken - {VOCABULARY}:
+        if shard_facts(out.folder / name).get("key") != out.key:
+            raise ValueError(f"{out.folder / name}: is of another capture; remove it, or start again with --repair")
+    return broken
+
+
+def _write_order(folder: Path, reader: Reader, corpus: Corpus, journal: Journal) -> None:
+    """Rank the source's ids by how probable they are on some samples; all ranks do the same, one writes."""
+    batches = list(reader.batches(corpus.group(0)[:_CALIBRATED], {}))
+    frequencies = reader.frequencies(batches)
+    if cluster.is_main():
+        write_vocabulary(folder / VOCABULARY, np.argsort(-frequencies, kind="stable").astype(np.int32))
+        journal.add(folder / VOCABULARY)
+
+
+def _of_another_order(folder: Path, names: set[str], about: Mapping[str, Any]) -> set[str]:
+    """Shards whose ids are ranked otherwise: the ranks were lost, and did not come out the same again."""
+    return {name for name in names if shard_facts(folder / name)["vocabulary"] != about["vocabulary"]}
+
+
+@dataclass
+class _Shard:
+    """A group of samples on its way to a file."""
+
+    number: int
+    samples: list[Sample]
+    left: int = 0  # batches still to be read
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=lambda: {**_NO_FACTS})
+
+
+class _Work:
+    """One rank's part of a capture."""
+
+    def __init__(
+        self,
+        folder: Path,
+        reader: Reader,
+        coder: Coder,
+        corpus: Corpus,
+        journal: Journal,
+        about: Mapping[str, Any],
+    ):
+        self._folder, self._reader, self._coder = folder, reader, coder
+        self._corpus, self._journal = corpus, journal
+        self._about = {**about, "sampler": reader.settings.sampler, "temperature": reader.temperature}
+
+    def capture(self, missing: list[int]) -> None:
+        """Read and write the shards that this rank claims."""
+        name, total = self._reader.source.name, -(-len(missing) // cluster.world())
+        claimed = cluster.claims(missing, self._folder / "work" / "claims")
+        steps = self._steps(tracking.progress(claimed, f"capture {name}", total))
+        if self._reader.spread:
+            cluster.in_step(steps, self._step)
+        else:
+            for step in steps:
+                self._step(step)
+
+    def _steps(self, numbers: Iterator[int]) -> Iterator[tuple[_Shard, Batch]]:
+        for n in numbers:
+            shard = _Shard(n, self._corpus.group(n))
+            left_out: dict[int, str] = {}
+            batches = list(self._reader.batches(shard.samples, left_out))
+            shard.rows.update({shard.samples[m].id: _left_out(shard.samples[m].id, why) for m, why in left_out.items()})
+            shard.left = len(batches)
+            if not batches:
+                self._write(shard)
+            for batch in batches:
+                yield shard, batch
+
+    def _step(self, step: tuple[_Shard, Batch] | None) -> None:
+        if step is None:
+            self._reader.read(None)
+            return
+        shard, batch = step
+        said, left_out = self._reader.read(batch)
+        shard.rows.update({id: _left_out(id, why) for id, why in left_out.items()})
+        for one in said:
+            shard.rows[one.id] = self._coder.encode(one)
+            content = one.heard.carries == Carries.CONTENT
+            shard.facts["samples"] += 1
+            shard.facts["tokens"] += len(content)
+            shard.facts["content_bytes"] += one.heard.content_bytes
+            shard.facts["nats"] -= float(one.heard.logp[content].sum(dtype=np.float64))
+        shard.left -= 1
+        if not shard.left:
+            self._write(shard)
+
+    def _write(self, shard: _Shard) -> None:
+        path = self._folder / shard_name(shard.number)
+        shard.facts["left out"] = len(shard.rows) - shard.facts["samples"]
+        write_shard(path, [shard.rows[s.id] for s in shard.samples], {**self._about, "facts": shard.facts})
+        self._journal.add(path)
+
+
+def _left_out(id: str, why: str) -> dict[str, Any]:
+    return {"id": id, "left_out": why}
+
+
+def _facts(folder: Path, names: list[str], reader: Reader) -> dict[str, Any]:
+    sums, size = dict(_NO_FACTS), (folder / VOCABULARY).stat().st_size
+    for name in names:
+        for key, value in shard_facts(folder / name)["facts"].items():
+            sums[key] += value
+        size += (folder / name).stat().st_size
     return {
-        "id": sample.id,
-        "content_bytes": r.content_bytes,
-        "tokens": r.ids[at + 1],
-        "boundary": r.boundary[at].astype(np.int32),
-        "carries": r.carries[at],
-        "logp": nxt.numpy(),
-        "kept": np.full(len(at), ids.shape[1], dtype=np.uint16),
-        "entry_ids": ids.numpy().astype(np.int32).ravel(),
-        "entry_logp": logp.numpy().astype(np.float16).ravel(),
-    }
-
-
-def _facts(folder: Path, source: Model, renderer: Renderer, seconds: float) -> dict[str, Any]:
-    import pyarrow.parquet as pq
-
-    tokens, size, nats, content_bytes, samples = 0, 0, 0.0, 0, 0
-    for path in sorted(folder.glob("shard-*.parquet")):
-        table = pq.read_table(path, columns=["content_bytes", "carries", "logp"])
-        carries = np.concatenate([np.zeros(0), *table["carries"].to_numpy()])
-        logp = np.concatenate([np.zeros(0), *table["logp"].to_numpy()])
-        tokens, samples = tokens + len(logp), samples + table.num_rows
-        nats -= float(logp[carries == Carries.CONTENT].sum(dtype=np.float64))
-        content_bytes += sum(table["content_bytes"].to_pylist())
-        size += path.stat().st_size
-    return {
-        "model": source.model,
-        "tokenizer": renderer.table.digest,
-        "samples": samples,
-        "tokens": tokens,
+        "cache format": FORMAT,
+        "shards": len(names),
+        "sampler": reader.settings.sampler,
+        "temperature": reader.temperature,
+        "samples": sums["samples"],
+        "left out": sums["left out"],
+        "tokens": sums["tokens"],
         "bytes on disk": size,
-        "bytes a token": round(size / max(tokens, 1), 2),
-        "train bits per byte": round(nats / max(content_bytes, 1) / float(np.log(2)), 4),
-        "tokens a second": round(tokens / seconds, 1) if seconds else None,
+        "bytes a token": round(size / max(sums["tokens"], 1), 2),
+        "train bits per byte": round(sums["nats"] / max(sums["content_bytes"], 1) / float(np.log(2)), 4),
     }

@@ -1,8 +1,9 @@
-"""Compiling with numba, and a cache of it that knows all files of this room.
+"""Compiling with numba, and a cache of it that knows all files of a room.
 
 numba keeps what it compiled beside the file of a function and looks at that file's time alone: a function that was
 compiled into another one in another file would stay as it was after a change. So the cache lies in a folder named by
-what all files of the room hold; where no folder can be written there is none, and each process compiles for itself.
+what all files of the function's room hold; where no folder can be written there is none, and each process compiles
+for itself. What one room compiles calls nothing that another room compiled.
 """
 
 import hashlib
@@ -15,13 +16,11 @@ from typing import Any
 
 import numba
 
-_ROOM = Path(__file__).parent
-
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """`numba.njit` that lets other threads run, with this room's cache."""
+    """`numba.njit` that lets other threads run, with its room's cache."""
     settings: Any = numba.config
-    before, settings.CACHE_DIR = settings.CACHE_DIR, _folder()
+    before, settings.CACHE_DIR = settings.CACHE_DIR, _folder(Path(function.__code__.co_filename).parent)
     compile_now: Any = numba.njit
     try:
         return compile_now(function, cache=True, nogil=True)
@@ -32,15 +31,15 @@ def compiled(function: Callable[..., Any]) -> Any:
 
 
 @cache
-def _folder() -> str:
-    """Where the cache lies: beside the code if that can be written, else with temporary files of this user."""
+def _folder(room: Path) -> str:
+    """Where a room's cache lies: beside the code if that can be written, else with temporary files of this user."""
     if given := os.environ.get("NUMBA_CACHE_DIR"):
         return given
     whole = hashlib.sha256()
-    for path in sorted(_ROOM.glob("*.py")):
+    for path in sorted(room.glob("*.py")):
         whole.update(path.read_bytes())
     name = f"numba-{whole.hexdigest()[:16]}"
-    beside = _ROOM / "__pycache__"
-    if os.access(beside if beside.exists() else _ROOM, os.W_OK):
+    beside = room / "__pycache__"
+    if os.access(beside if beside.exists() else room, os.W_OK):
         return str(beside / name)
     return str(Path(tempfile.gettempdir()) / f"fusion-{os.getuid()}" / name)
