@@ -1,6 +1,8 @@
 """Rows of any dataset → samples: read, checked, cut to size, told apart by the hash of their content."""
 
+import itertools
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ from fusion.config import Dataset
 from fusion.records import Message, Sample, sample_id
 
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
+BEGUN = (".jsonl", ".json", ".parquet")  # files whose beginning can be read alone
 
 
 def read_rows(dataset: Dataset, key: str) -> Iterator[tuple[str, dict]]:
@@ -23,6 +26,31 @@ def read_rows(dataset: Dataset, key: str) -> Iterator[tuple[str, dict]]:
         yield from _json_lines(path)
         return
     yield from _with_datasets(dataset, path, key)
+
+
+def beginning(dataset: Dataset, key: str, size: int) -> tuple[list[tuple[str, dict]], float]:
+    """The rows that begin a file of `BEGUN`, and which share of it they are: all, or somewhat more than `size` bytes.
+
+    Raises:
+        ValueError: as `read_rows`.
+    """
+    path = Path(dataset.data).expanduser()
+    if path.suffix != ".parquet":
+        whole, read, lines = path.stat().st_size, 0, 0
+        with path.open("rb") as file:
+            for line in file:
+                read, lines = read + len(line), lines + 1
+                if read > size:
+                    break
+        rows = itertools.takewhile(lambda row: int(row[0].rpartition(":")[2]) <= lines, read_rows(dataset, key))
+        return list(rows), read / whole if whole else 1.0
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as held:
+        whole = held.metadata.num_rows
+    share = min(size / max(path.stat().st_size, 1), 1)
+    some = list(itertools.islice(read_rows(dataset, key), math.ceil(share * whole)))
+    return some, len(some) / whole if whole else 1.0
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, dict]]:

@@ -34,6 +34,7 @@ class Model:
     cache: str | None = None  # a cache captured before, used as it is
     parallel: Literal["none", "zero3"] = "none"  # zero3: captured with its weights spread over all ranks
     parameters: Annotated[float, Field(gt=0)] | None = None  # for --plan, while the model is not here
+    active_parameters: Annotated[float, Field(gt=0)] | None = None  # those that a token passes, in a mixture of experts
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -5,12 +5,13 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fusion import cluster, hub, tracking
-from fusion.artifact import Artifact, digest, read_manifest, verify
+from fusion.artifact import Artifact, damage, digest, read_manifest, verify
 from fusion.config import Config, Model
 
 # stage → its module, and the number of its format: raised when the same settings no longer give the same bytes
@@ -58,17 +59,19 @@ class Found:
     data: Sequence[str]
 
 
-def run(config: Config, only: Sequence[str] = (), start: str | None = None) -> None:
+def run(config: Config, only: Sequence[str] = (), start: str | None = None, repair: bool = False) -> None:
     """Do all stages that are not done, or only some, on every rank.
 
     Args:
         only: stages to do; what they read must be finished.
         start: the first stage to do; what comes before must be finished.
+        repair: look through all that was finished before, and make what is missing or damaged again.
 
     Raises:
         ValueError: anything that the user can mend, in one line.
     """
-    tasks = cluster.on_main(lambda: plan(config, find(config)))
+    found = cluster.on_main(lambda: find(config))
+    tasks = cluster.on_main(lambda: plan(config, found))
     wanted = [
         s
         for s in STAGES
@@ -79,8 +82,17 @@ def run(config: Config, only: Sequence[str] = (), start: str | None = None) -> N
         if name in pending and hasattr(stage(name), "check"):
             stage(name).check(config)  # better now than hours from now
     checked: set[Path] = set()
+    if repair:
+        cluster.on_main(lambda: _repair([task.out for task in tasks if task.out.done()]))
+    if any(m.cache for m in candidates(config)) and wanted != ["prepare"]:
+        if "prepare" in wanted and not cluster.on_main(tasks[0].out.done):
+            _do(config, tasks[0], checked)
+        config = cluster.on_main(lambda: _admitted(config, found, tasks[0].out, repair))
+        tasks = cluster.on_main(lambda: plan(config, find(config)))
     for task in tasks:
         if cluster.on_main(task.out.done):
+            if hasattr(stage(task.out.stage), "accept"):
+                cluster.on_main(partial(stage(task.out.stage).accept, config, task.out))
             tracking.say(f"[dim]{task.out.label:<20} done before[/dim]  {task.out.folder}")
         elif task.out.stage in wanted:
             _do(config, task, checked)
@@ -113,6 +125,43 @@ def _do(config: Config, task: Task, checked: set[Path]) -> None:
 
     cluster.on_main(finish)
     tracking.say(f"  {_brief(facts)}  [dim]{seconds:.1f} s[/dim]")
+
+
+def _repair(finished: Sequence[Artifact]) -> None:
+    """Make finished folders with damaged files unfinished ones that lack them."""
+    for out in finished:
+        manifest = read_manifest(out.folder)
+        broken = damage(out.folder, manifest["files"])
+        for name, how in broken.items():
+            tracking.say(f"{out.label}: {name} {how}: it is made again")
+            (out.folder / name).unlink(missing_ok=True)
+        if broken and hasattr(stage(out.stage), "repair"):
+            stage(out.stage).repair(out.folder, manifest["files"], set(broken))
+        if broken:
+            (out.folder / "manifest.json").unlink()
+
+
+def _admitted(config: Config, found: Found, prepared: Artifact, repair: bool) -> Config:
+    """The config, without those of its caches that will not do where they are to be captured again."""
+    if not prepared.done():
+        raise ValueError("prepare is not finished and a stage that was asked for reads it; leave away --only or --from")
+    sources = []
+    for m in config.sources:
+        try:
+            if m.cache is not None:
+                verify(Path(m.cache))
+                folder = found.folders[m.name]
+                weights = digest(found.prints[m.name]) if any(folder.glob("*.safetensors")) else None
+                stage("capture").admit(config, m, folder, weights, prepared.folder)
+        except ValueError as error:
+            if not repair:
+                raise ValueError(
+                    f"{error}; leave away its `cache`, or start with --repair, to capture it here"
+                ) from None
+            tracking.say(f"{error}: it is captured here")
+            m = replace(m, cache=None)
+        sources.append(m)
+    return replace(config, sources=tuple(sources))
 
 
 def _check_inputs(task: Task, checked: set[Path]) -> None:

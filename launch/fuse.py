@@ -33,7 +33,8 @@ def main() -> int:
         if arguments.plan:
             from fusion import costs
 
-            costs.show(config)
+            _quieten()
+            costs.show(config, calibrate=not arguments.no_calibrate)
             return 0
         lock = _lock(config.folder)
         _run(config, arguments)
@@ -67,27 +68,41 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--from", dest="start", choices=_STAGES, metavar="STAGE", help="begin here; what comes before is finished"
     )
+    parser.add_argument(
+        "--repair", action="store_true", help="check all finished work; make again what is missing or damaged"
+    )
     parser.add_argument("--plan", action="store_true", help="print stages, sizes and costs; run nothing")
+    parser.add_argument(
+        "--no-calibrate", action="store_true", help="with --plan: do not let the sources that are here read for a while"
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # from deepspeed
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.no_calibrate and not arguments.plan:
+        parser.error("argument --no-calibrate: goes with --plan alone")
+    return arguments
 
 
-def _run(config: Any, arguments: argparse.Namespace) -> None:
+def _quieten() -> None:
+    """Leave the terminal to our own lines and bars."""
     import logging
     import warnings
 
     import transformers
-
-    from fusion import cluster, pipeline
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it tells that DeepSpeed's accumulation steps hold
     warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def _run(config: Any, arguments: argparse.Namespace) -> None:
+    from fusion import cluster, pipeline
+
+    _quieten()
     cluster.start()
     try:
-        pipeline.run(config, arguments.only, arguments.start)
+        pipeline.run(config, arguments.only, arguments.start, arguments.repair)
     finally:
         cluster.stop()
 

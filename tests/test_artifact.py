@@ -119,7 +119,7 @@ def test_publish_of_an_empty_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_verify_names_the_file(made: Artifact, name: str) -> None:
-    path, hint = made.folder / name, f"remove {made.folder} and run the capture stage again"
+    path, hint = made.folder / name, "start again with --repair to make it anew"
     content = FILES[name]
     flipped = bytes([content[0] ^ 1]) + content[1:]
     for damaged in (content[:-1], content + b"\0", flipped, b""):

@@ -126,7 +126,7 @@ def test_help_shows_how() -> None:
     assert len(examples) == 3 and all((tiny.ROOT / path).is_file() for path in examples)
 
 
-@pytest.mark.parametrize("name", ["fusellm-7b", "fusechat-7b"])
+@pytest.mark.parametrize("name", ["fusellm-7b", "fusechat-7b", "scale-70b"])
 def test_the_plan_needs_neither_models_nor_data(name: str, tmp_path: Path) -> None:
     done = program("--config", f"configs/{name}.yaml", "--plan", "--set", f"out={tmp_path / 'run'}")
     assert done.returncode == 0 and done.stderr == "", done.stderr
@@ -134,6 +134,7 @@ def test_the_plan_needs_neither_models_nor_data(name: str, tmp_path: Path) -> No
         "prepare",
         "capture/pivot",
         "align/mpt" if name == "fusellm-7b" else "align/qwen",
+        "3 days" if name == "scale-70b" else "captures",
         "distill/control",
         "release",
     ]
@@ -192,7 +193,7 @@ def test_a_config_that_is_not_there(
     assert only_error(capsys.readouterr().err) == line
 
 
-@pytest.mark.parametrize("arguments", [[], ["--config", "x", "--only", "bake"], ["--config", "x", "--wat"]])
+@pytest.mark.parametrize("arguments", [[], ["--config", "x", "--only", "bake"], ["--config", "x", "--no-calibrate"]])
 def test_a_command_line_that_is_none(
     fuse: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:

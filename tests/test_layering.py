@@ -30,7 +30,9 @@ MAY_KNOW = {
     "fusion.hub": ["fusion.records", "fusion.artifact", "fusion.config", "fusion.cluster"],
     "fusion.tokens": ["fusion.records", "fusion.tokens"],
     "fusion.pipeline": SHARED,
-    "fusion.costs": [*SHARED, "fusion.pipeline"],
+    "fusion.sizes": ["fusion.config"],
+    "fusion.survey": [*SHARED, "fusion.pipeline", "fusion.sizes"],
+    "fusion.costs": [*SHARED, "fusion.pipeline", "fusion.sizes", "fusion.survey"],
     **{f"fusion.{room}": [*SHARED, f"fusion.{room}"] for room in ROOMS},
     "fusion.align.stage": [*SHARED, "fusion.align", "fusion.capture.cache"],
     "fusion.distill": [*SHARED, "fusion.distill", "fusion.align", "fusion.capture.cache"],
@@ -132,7 +134,8 @@ def test_heavy_libraries_have_one_home_and_come_late(library: str, home: str) ->
 @pytest.mark.parametrize(
     "module",
     [
-        *(f"fusion.{n}" for n in ["records", "config", "artifact", "cluster", "hub", "pipeline", "costs", "tracking"]),
+        *(f"fusion.{n}" for n in ["records", "config", "artifact", "cluster", "hub", "pipeline", "tracking"]),
+        *(f"fusion.{n}" for n in ["costs", "sizes", "survey"]),
         "launch.fuse",
     ],
 )

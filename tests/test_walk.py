@@ -3,13 +3,13 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from tiny import free_port
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -59,9 +59,7 @@ def write_config(made: Path, folder: Path) -> Path:
 
 def launch(ranks: int) -> list[str]:
     """The launcher on a port that nobody has."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(s.getsockname()[1])]
+    return ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port())]
 
 
 def fuse(config: Path, *more: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
@@ -138,3 +136,22 @@ def test_killed_run_goes_on_to_the_same_weights(made: Path, walked: tuple[Path, 
     undisturbed = weights(walked[0].parent / "run" / "fused")
     for name, tensor in weights(tmp_path / "run" / "fused").items():
         assert (tensor - undisturbed[name]).abs().max() < 1e-5, name
+
+
+def test_a_killed_launcher_loses_nothing(made: Path, walked: tuple[Path, str], tmp_path: Path) -> None:
+    """The launcher alone is killed: its ranks live on, a second run is told so, and the cache is the same at last."""
+    config = write_config(made, tmp_path)
+    command = [*launch(2), "launch/fuse.py", "--config", str(config), "--only", "prepare", "capture"]
+    with (tmp_path / "log").open("w") as log:
+        running = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + 300
+        while not list(tmp_path.glob("run/capture/*/shard-*.parquet")):
+            assert running.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
+            time.sleep(0.01)
+        os.kill(running.pid, signal.SIGKILL)
+        running.wait()
+    while (done := fuse(config, "--only", "prepare", "capture", ranks=1)).returncode:
+        assert "another run is writing" in done.stderr and time.monotonic() < deadline, done.stderr[-2000:]
+    for shard in walked[0].parent.glob("run/capture/*/*.parquet"):
+        mine = tmp_path / "run" / "capture" / shard.parent.name / shard.name
+        assert mine.read_bytes() == shard.read_bytes()

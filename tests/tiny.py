@@ -1,6 +1,7 @@
 """What several tests write on the spot: JSON lines, samples of plain words, a config, stage folders."""
 
 import json
+import socket
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from random import Random
@@ -76,6 +77,13 @@ def write_config(path: Path, holds: Mapping[str, Any]) -> Path:
 def load(folder: Path, holds: Mapping[str, Any], *overrides: str) -> Config:
     """The config that a tree says, by way of a file."""
     return configs.load(write_config(folder / "config.yaml", holds), overrides)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody has."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
 
 
 def artifact(root: Path, stage: str, subject: str = "") -> Artifact:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fusion.artifact import atomic, read_manifest
+from fusion.artifact import atomic, damage, read_manifest
 from fusion.capture import code
 from fusion.records import Heard, Sparse
 
@@ -306,6 +306,9 @@ class Cache:
                 raise ValueError(f"{name}: {folder / file} is missing; start again with --repair")
             if (folder / file).stat().st_size != told["bytes"]:
                 raise ValueError(f"{name}: {folder / file} is cut short or changed; start again with --repair")
+        own = {file: manifest["files"][file] for file in (VOCABULARY, INDEX) if file in manifest["files"]}
+        for file, how in damage(folder, own).items():
+            raise ValueError(f"{name}: {folder / file} {how}; start again with --repair")
         self._folder = folder
         self._coder = Coder(read_vocabulary(folder / VOCABULARY), self.facts["temperature"])
         with _opened(folder / INDEX) as file:

@@ -15,7 +15,7 @@ class Halves:
     """Body and head of a model.
 
     Attributes:
-        whole: False where head and body could not be told apart; then `logits` is not to be called.
+        split: False where head and body could not be told apart; then `all_logits` alone is to be called.
     """
 
     def __init__(self, model: Any):
@@ -84,5 +84,10 @@ def _body_of(model: Any, ids: torch.Tensor) -> nn.Module | None:
     finally:
         for hook in hooks:
             hook.remove()
-    found = [module for module, last in said if given and last.data_ptr() == given[-1].data_ptr()]
+    # equal, not the same: what Mamba's body says in float32 its head is given in bfloat16
+    found = [module for module, last in said if given and _equal(last, given[-1])]
     return found[-1] if found else None
+
+
+def _equal(said: torch.Tensor, given: torch.Tensor) -> bool:
+    return said.shape == given.shape and torch.equal(said.to(given), given)

@@ -143,7 +143,9 @@ class Reader:
                     bad[rows] |= broken.cpu().numpy()
                     logits = logits.masked_fill(broken[:, None], 0)
 
-        kept = samplers.joined([take(rows, logits) for rows, logits in self._blocks(rendered, at)])
+        parts = [take(rows, logits) for rows, logits in self._blocks(rendered, at)]
+        # samples of which nothing carries loss have no block
+        kept = samplers.joined(parts or [take(slice(0, 0), torch.zeros((0, self.width), device=following.device))])
         if batch is None:
             return [], {}
         return self._told(batch, at, following, kept, bad)
@@ -167,7 +169,13 @@ class Reader:
         wanted = torch.from_numpy(rows).to(device)
         size = max(_BLOCK[device.type] // self.width, 1)
         if not self._halves.split:
-            for start in range(0, max(len(rendered), 1)):  # one sample's logits at a time
+            readings = len(rendered)
+            if self.spread:
+                (readings,) = cluster.most([readings])
+            for start in range(readings):  # one sample's logits at a time
+                if start >= len(rendered):  # here all are read; another rank has more to ask
+                    self._halves.all_logits(ids[:1], mask[:1])
+                    continue
                 logits = self._halves.all_logits(ids[start : start + 1], mask[start : start + 1])[0]
                 first = sum(len(a) for a in at[:start])
                 for begin in range(0, len(at[start]), size):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fusion import cluster, tracking
-from fusion.artifact import Artifact, Journal, damage, file_digest, sweep
+from fusion.artifact import Artifact, Journal, damage, file_digest, read_manifest, sweep
 from fusion.capture.cache import (
     FORMAT,
     VOCABULARY,
@@ -24,8 +24,9 @@ from fusion.capture.cache import (
     write_shard,
     write_vocabulary,
 )
+from fusion.capture.calibrate import trial as trial  # for the plan, by way of the pipeline
 from fusion.capture.reader import NOT_FINITE, TOO_LONG, Batch, Reader
-from fusion.config import Config
+from fusion.config import Config, Model
 from fusion.corpus import Corpus
 from fusion.records import Carries, Sample
 
@@ -101,6 +102,34 @@ def accept(config: Config, out: Artifact) -> None:
             )
 
 
+def admit(config: Config, source: Model, folder: Path, weights: str | None, prepared: Path) -> None:
+    """Look at a cache that the config names, which was captured by another run.
+
+    Args:
+        folder: the source's.
+        weights: the key of its weights and tokenizer, None where the weights are not here. Its config is.
+
+    Raises:
+        ValueError: it is another model's, or lacks samples of this run.
+    """
+    cache = Cache(Path(str(source.cache)), None, source.name)
+    other = weights is not None and read_manifest(Path(str(source.cache)))["inputs"].get("model") != weights
+    if other or cache.facts["config"] != file_digest(folder / "config.json"):
+        raise ValueError(
+            f"{source.name}: the cache {source.cache} was made by {cache.facts['model']}, and {source.model} is "
+            "another model or revision"
+        )
+    settings = config.capture
+    allowed = {TOO_LONG: settings.too_long == "skip", NOT_FINITE: settings.on_nonfinite == "skip"}
+    ids = [sample.id for sample in Corpus(prepared, "train")]
+    lacking = [id for id in ids if id not in cache and not allowed.get(cache.left_out.get(id, ""), False)]
+    if lacking:
+        raise ValueError(
+            f"{source.name}: the cache {source.cache} lacks {len(lacking)} of {len(ids)} samples, {lacking[0]} for "
+            "one: they were changed or added since"
+        )
+
+
 def _begin(folder: Path) -> dict[str, dict[str, Any]]:
     """Clear away what a killed run left, and tell what it had finished."""
     sweep(folder)
@@ -114,10 +143,8 @@ def _broken(out: Artifact, files: list[str], whole: Mapping[str, Mapping[str, An
     broken = {name for name in mine if name not in whole} | set(
         damage(out.folder, {name: whole[name] for name in mine if name in whole})
     )
-    for name in set(mine) - broken - {VOCABULARY}:
-        if shard_facts(out.folder / name).get("key") != out.key:
-            raise ValueError(f"{out.folder / name}: is of another capture; remove it, or start again with --repair")
-    return broken
+    shards = set(mine) - broken - {VOCABULARY}
+    return broken | {name for name in shards if shard_facts(out.folder / name).get("key") != out.key}
 
 
 def _write_order(folder: Path, reader: Reader, corpus: Corpus, journal: Journal) -> None:
