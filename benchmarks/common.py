@@ -14,7 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
 
-from fusion.records import Heard, Message, Sample, Sparse, sample_id
+from fusion.records import Heard, Message, Rendered, Sample, Sparse, sample_id
 from fusion.tokens.render import Renderer
 from fusion.tokens.words import space_mark, token_strings
 
@@ -126,7 +126,17 @@ class Source:
         self.name = Path(name).name
         self.renderer = renderer_of(name, template)
         self.model = AutoModelForCausalLM.from_pretrained(folder_of(name), dtype=torch.float32).eval()
+        if torch.cuda.is_available():
+            self.model.cuda()
         self.context = getattr(self.model.config, "max_position_embeddings", None) or 1 << 30
+
+    def logits(self, read: Rendered, at: np.ndarray) -> Any:
+        """float32 (N, V) at some positions of a text."""
+        import torch
+
+        with torch.inference_mode():
+            said = self.model(torch.from_numpy(read.ids[None].astype(np.int64)).to(self.model.device)).logits[0]
+            return said[torch.from_numpy(at).to(said.device)].float()
 
     def read(self, sample: Sample, k: int) -> Heard | None:
         """What it says of a text; None where that is longer than its context."""
@@ -137,8 +147,7 @@ class Source:
             return None
         at = np.flatnonzero(read.carries)
         with torch.inference_mode():
-            logits = self.model(torch.from_numpy(read.ids[None].astype(np.int64))).logits[0][torch.from_numpy(at)]
-            logp = logits.float().log_softmax(-1)
+            logp = self.logits(read, at).log_softmax(-1)
             follows = read.ids[at + 1]
             said = logp[torch.arange(len(at)), torch.from_numpy(follows.astype(np.int64))].numpy()
             top, ids = logp.topk(min(k, logp.shape[1]))

@@ -35,8 +35,9 @@ def by_hand(
         NO_ENTRIES,
         3 * n,
     )
-    wide = [ids.astype(np.int64), head_logp.astype(np.float32), hits.astype(np.int64), counts.astype(np.int64)]
-    return Said("0" * 16, heard, np.asarray(left, np.float32), *wide, drawn_logp.astype(np.float32))
+    exact = ids.astype(np.int64), head_logp.astype(np.float32)
+    draws = hits.astype(np.int64), counts.astype(np.int64), drawn_logp.astype(np.float32)
+    return Said("0" * 16, heard, np.asarray(left, np.float32), *exact, *draws)
 
 
 def sampled(

@@ -16,12 +16,14 @@ from fusion import pipeline
 PACKAGES = ("fusion", "data_prep", "launch")
 ROOMS = ("align", "capture", "distill", "merge", "release")
 SHARED = [
-    f"fusion.{name}" for name in ("records", "cluster", "artifact", "config", "tracking", "hub", "corpus", "tokens")
+    f"fusion.{name}"
+    for name in ("records", "cluster", "artifact", "config", "tracking", "hub", "corpus", "compiled", "tokens")
 ]
 # who → whom it may know; `package` stands for all within it, and whoever has no line of its own has its package's
 MAY_KNOW = {
     "fusion": [],
     "fusion.records": [],
+    "fusion.compiled": [],
     "fusion.cluster": [],
     "fusion.artifact": ["fusion", "fusion.records"],
     "fusion.config": ["fusion.records"],

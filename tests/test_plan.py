@@ -262,13 +262,15 @@ def test_the_plan_on_the_screen(tmp_path: Path, tree: dict[str, Any], monkeypatc
     said = shown(tiny.load(tmp_path, tree, "pivot.parameters=8e9"), monkeypatch)
     assert "not calibrated (not here): a, b" in said and "not calibrated (its data is not here): pivot" in said
     assert "a: 140.0 GB of weights do not fit a device of 80.0 GB; set `parallel: zero3` and take 3 devices" in said
-    assert "b: 282" not in said
+    assert "b: 282" not in said and said.count("≥ 9.8 M") == 3
     hours = 2 * (70e9 + 39e9 + 8e9) * 1e10 / 400e12 / 3600
     assert f"all captures, one after the other: {hours:,.0f} device hours" in said
     for line in ("1 day ", "3 days", "7 days"):
         assert line in said
     tree["prepare"]["data"][0]["megabytes"] = 400
     assert "one after the other" not in shown(tiny.load(tmp_path, tree), monkeypatch)
+    tree["prepare"]["data"][0] = {"data": str(tmp_path / "train.jsonl"), "limit": 5}
+    assert "≥ " not in shown(tiny.load(tmp_path, tree), monkeypatch).replace("≥ 3", "").replace("≥ 5", "")
 
 
 def test_only_the_first_rank_plans(tmp_path: Path, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from fusion.records import Message, Sample, sample_id
 
 K = 8
 ROWS = 3  # positions whose logits exist at a time
-SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZE: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZE |= {"max_position_embeddings": 128, "initializer_range": 0.4}
 SHARED = SIZE | {"num_key_value_heads": 2}
 NARROW = SHARED | {"head_dim": 8, "sliding_window": 8}
@@ -83,8 +83,8 @@ def folder_of(root: Path, tokenizer: PreTrainedTokenizerFast, kind: str, setting
     return root
 
 
-def reader_of(folder: Path, dtype: str = "float32", **settings: Any) -> Reader:
-    chosen = {"sampler": "top_k", "k": K, "batch_tokens": 100} | settings
+def reader_of(folder: Path, dtype: Any = "float32", **settings: Any) -> Reader:
+    chosen: dict[str, Any] = {"sampler": "top_k", "k": K, "batch_tokens": 100} | settings
     attention: Any = "eager" if json.loads((folder / "config.json").read_text())["model_type"] in EAGER else "sdpa"
     reader = Reader(Model(str(folder), "a", dtype=dtype, attention=attention), folder, Capture(**chosen))
     reader.load()
@@ -115,7 +115,7 @@ def rows_of_the_head(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     yield rows
 
 
-def is_a_naive_reading(reader: Reader, folder: Path, made: list[Sample], dtype: str, close: dict[str, float]) -> None:
+def is_a_naive_reading(reader: Reader, folder: Path, made: list[Sample], dtype: str, close: dict[str, Any]) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, dtype), attn_implementation=reader.source.attention
     ).eval()
@@ -255,8 +255,12 @@ def test_ranks_that_hold_the_weights_together_ask_as_often(
     alone = {said.id: said for said in reader.read(batch)[0]}
     asked: list[str] = []
     for name in ("hidden", "logits", "all_logits"):
-        ask = getattr(reader._halves, name)
-        monkeypatch.setattr(reader._halves, name, lambda *args, n=name, ask=ask: (asked.append(n), ask(*args))[1])
+
+        def watched(*args: Any, name: str = name, ask: Any = getattr(reader._halves, name)) -> Any:  # noqa: B008
+            asked.append(name)
+            return ask(*args)
+
+        monkeypatch.setattr(reader._halves, name, watched)
     monkeypatch.setattr(Reader, "spread", True)
     monkeypatch.setattr(reading.cluster, "most", lambda values: [max(v, 60) for v in values])
     told, left_out = reader.read(batch)

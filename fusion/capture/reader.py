@@ -167,7 +167,8 @@ class Reader:
         ids, mask = (torch.from_numpy(array).to(device) for array in pad([r.ids for r in rendered]))
         rows = np.concatenate([n * ids.shape[1] + a for n, a in enumerate(at)])
         wanted = torch.from_numpy(rows).to(device)
-        size = max(_BLOCK[device.type] // self.width, 1)
+        # a head that lies spread over ranks is gathered for each block: few large ones
+        size = max(_BLOCK[device.type] * (8 if self.spread else 1) // self.width, 1)
         if not self._halves.split:
             readings = len(rendered)
             if self.spread:
@@ -200,10 +201,7 @@ class Reader:
     def _told(
         self, batch: Batch, at: Sequence[np.ndarray], following: torch.Tensor, kept: Kept, bad: np.ndarray
     ) -> tuple[list[Said], dict[str, str]]:
-        known = (kept.ids == following[:, None]).any(-1)
-        left = (kept.left() - torch.where(known, 0.0, kept.next_logp.exp())).clamp(min=0)
-        held = [kept.next_logp, left, kept.ids, kept.logp, kept.drawn, kept.counts, kept.drawn_logp]
-        next_logp, rest, *columns = (column.cpu().numpy() for column in held)
+        next_logp, *columns = columns_of(kept, following)
         said, left_out, start = [], {}, 0
         for sample, r, a in zip(batch.samples, batch.rendered, at, strict=True):
             part = slice(start, start + len(a))
@@ -216,12 +214,20 @@ class Reader:
                     )
                 left_out[sample.id] = NOT_FINITE
                 continue
-            none = Sparse(np.zeros(1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32))
-            heard = Heard(r.ids[a + 1], r.boundary[a], r.carries[a], next_logp[part], none, r.content_bytes)
-            said.append(Said(sample.id, heard, rest[part], *(column[part] for column in columns)))
+            heard = Heard(r.ids[a + 1], r.boundary[a], r.carries[a], next_logp[part], NO_ENTRIES, r.content_bytes)
+            said.append(Said(sample.id, heard, *(column[part] for column in columns)))
         return said, left_out
 
 
+def columns_of(kept: Kept, following: torch.Tensor) -> tuple[np.ndarray, ...]:
+    """What is kept of T positions as `Said` has it: log-probabilities of what followed, `left`, and so on."""
+    known = (kept.ids == following[:, None]).any(-1)
+    left = (kept.left() - torch.where(known, 0.0, kept.next_logp.exp())).clamp(min=0)
+    held = (kept.next_logp, left, kept.ids, kept.logp, kept.drawn, kept.counts, kept.drawn_logp)
+    return tuple(column.cpu().numpy() for column in held)
+
+
+NO_ENTRIES = Sparse(np.zeros(1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32))
 _NOTHING = Rendered(np.zeros(2, np.int32), np.zeros(2, np.int64), np.array([1, 0], np.uint8), 0)
 
 
