@@ -131,6 +131,8 @@ class Heard:
         logp: float32 (n,), the source's log-probability (nats) of that next token.
         entries: the kept part of the source's distribution at each position.
         content_bytes: as in `Rendered`.
+        grain: float32 (n,), where entries were drawn, the probability that a single draw stands for: what no draw met
+            may have about as much. None where all entries are exact.
     """
 
     ids: np.ndarray
@@ -139,6 +141,7 @@ class Heard:
     logp: np.ndarray
     entries: Sparse
     content_bytes: int
+    grain: np.ndarray | None = None
 
     def bits_per_byte(self) -> float:
         """The source's cross-entropy on the sample's segments, in bits per byte; infinite where it predicts none."""

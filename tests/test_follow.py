@@ -1,6 +1,7 @@
 """Distributions followed along the text, against a reference that spells everything out, and by hand."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -146,6 +147,27 @@ def test_inside_a_token_that_was_hardly_expected_nobody_teaches() -> None:
     rows = {0: {0: 1.0}, 3: {2: 1.0}}
     few = heard([(0, {3: 0.6}, 0.05), (3, {3: 1.0}, 1.0)], SPACES)  # 0.35 unknown, 0.05 known to go on so
     assert list(project(Follower(make_map(SPACES, SINGLE, rows), 4), few, [1, 2, 5])) == [0, 2]
+
+
+def test_inside_a_token_draws_do_not_give_the_label_away() -> None:
+    """What no draw met is not impossible: else the token that followed, which is known exactly, would seem sure."""
+    source, target = spelling(b"ab", b"ac", b"x"), spelling(b"a", b"b", b"c", b"x")
+    rows = {0: {0: 1.0}, 1: {0: 1.0}, 2: {3: 1.0}}
+    follower = Follower(make_map(source, target, rows, {1: {1: 1.0}, 2: {2: 1.0}}), 4)
+    q, draws, random = np.array([0.05, 0.1, 0.85]), 20, np.random.default_rng(0)
+    found: dict[str, list[float]] = {"grain": [], "no grain": []}
+    for _ in range(2000):
+        counts = random.multinomial(draws, q)
+        grain = (1 - q[0]) / counts[1:].sum()
+        said = {0: q[0], **{i: float(counts[i] * grain) for i in (1, 2) if counts[i]}}
+        reading = heard([(0, said, q[0]), (2, {2: 1.0}, 1.0)], source)
+        for name, told in (("grain", np.array([grain, 0], np.float32)), ("no grain", None)):
+            row = project(follower, replace(reading, grain=told), [1, 2]).get(1)
+            if row is not None:
+                found[name].append(row.get(1, 0.0))
+    # after "a" there is a "b" one time in three; rather too little of it is said, and the rest is left out
+    assert 0.25 < np.mean(found["grain"]) < 1 / 3 and len(found["grain"]) == 2000
+    assert np.mean(found["no grain"]) > 0.45
 
 
 def test_nothing_is_read_beyond_a_gap() -> None:

@@ -97,10 +97,11 @@ class Follower:
             )
         )
         read, stood = np.require(heard.ids, np.int32, ["C", "W"]), np.require(heard.boundary, np.int64, ["C", "W"])
+        grain = np.zeros(len(read)) if heard.grain is None else heard.grain.astype(np.float64)
         size = len(self.map.target)
         bag = self._bags.pop() if self._bags else (np.zeros(size, dtype=np.float32), np.zeros(size, dtype=np.int32))
         found = follow(
-            (read, stood, follows, *fitted(read, follows, offsets, ids, probs)),
+            (read, stood, follows, *fitted(read, follows, offsets, ids, probs), grain),
             (offsets, ids, probs),
             (np.require(places, np.int64, ["C", "W"]), np.require(keep, np.int32, ["C", "W"])),
             (self.map.source.flat, self.map.source.offsets),

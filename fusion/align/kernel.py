@@ -116,7 +116,7 @@ def fitted(tokens, follows, offsets, kept_ids, probs):  # type: ignore[no-untype
 @compiled
 def follow(heard, entries, wanted, spelled, spread, ranked, first, trie, whole, bag, least, k):  # type: ignore[no-untyped-def]  # pragma: no cover
     """See `follow.Follower.project`; returns offsets of a row a place, ids and probabilities. `bag` is left clean."""
-    tokens, places, follows, scales, left = heard
+    tokens, places, follows, scales, left, grain = heard
     offsets, kept_ids, probs = entries
     targets, keep = wanted
     flat, ends = spelled
@@ -181,11 +181,12 @@ def follow(heard, entries, wanted, spelled, spread, ranked, first, trie, whole, 
                         slots, bits, nodes, np.int64(0), np.int32(-1), flat, ends[t] + read, ends[t + 1]
                     )
                     size = _settle(mass, used, size, part, node, longest, -1, rs, rc, rv, rr, fs, fc, fv, nodes, ids)
-            if known < _TINY or known < least * (known + left[at]):
+            if known < _TINY or known < least * (known + left[at] + grain[at]):
                 for m in range(size):
                     mass[used[m]] = 0.0
                 continue
-            scale = (1.0 - left[at]) / known  # of the mass that nobody knows, as much may have led here as of the rest
+            # of the mass that nobody knows, as much may have led here as of the rest; of what draws did not meet, one more
+            scale = 1.0 / (known / (1.0 - left[at]) + grain[at])
             node, longest = walk(
                 slots, bits, nodes, np.int64(0), np.int32(-1), flat, ends[followed] + read, ends[followed + 1]
             )

@@ -125,12 +125,13 @@ class Coder:
         heads = np.cumsum([0, *(len(row[name]) for name in _IDS[:-1])])
         head, _, at = code.get_rows(self.order, n["head"], symbols, heads, row["id_bits"], 0)
         drawn, more, at = code.get_rows(self.order, n["drawn"], symbols, heads, row["id_bits"], at)
-        weights = 1.0 + more
-        weights[more > 0] += code.get_counts(row["counts"], int(more.sum()), row["id_bits"], at)[0]
+        counts = 1 + more.astype(np.int64)
+        counts[more > 0] += code.get_counts(row["counts"], int(more.sum()), row["id_bits"], at)[0]
+        weights = counts.astype(np.float64)
         if self.temperature != 1:
             weights = weights * np.exp(_plain(row["drawn_logp"], code.PER_ENTRY) * (1 - self.temperature))
         exact = (n["head"], head, np.exp(_plain(row["head_logp"], code.PER_ENTRY)))
-        entries = code.together(tokens, logp, left, exact, (n["drawn"], drawn, weights))
+        *entries, grain = code.together(tokens, logp, left, exact, (n["drawn"], drawn, counts, weights))
         return Heard(
             tokens,
             _places(n["ends"]),
@@ -138,6 +139,7 @@ class Coder:
             logp.astype(np.float32),
             Sparse(*entries),
             row["content_bytes"],
+            grain if len(drawn) else None,
         )
 
 

@@ -219,12 +219,15 @@ def together(tokens, logp, left, head, drawn):  # type: ignore[no-untyped-def]  
     Args:
         tokens, logp: the tokens that followed and their log-probabilities.
         left: the mass that neither they nor the exact entries have.
-        head, drawn: sizes, ids and weights of the two kinds of entries.
+        head, drawn: sizes, ids and weights of the two kinds of entries, with counts before the weights of drawn ones.
+
+    Returns:
+        Offsets, ids and probabilities of compressed rows, and `Heard.grain`.
     """
     head_sizes, head_ids, head_weights = head
-    drawn_sizes, drawn_ids, drawn_weights = drawn
+    drawn_sizes, drawn_ids, counts, drawn_weights = drawn
     n = len(tokens)
-    offsets = np.zeros(n + 1, dtype=np.int64)
+    offsets, grain = np.zeros(n + 1, dtype=np.int64), np.zeros(n, dtype=np.float32)
     ids = np.empty(n + len(head_ids) + len(drawn_ids), dtype=np.int32)
     probs = np.empty(len(ids), dtype=np.float32)
     filled, h, d = 0, 0, 0
@@ -240,13 +243,15 @@ def together(tokens, logp, left, head, drawn):  # type: ignore[no-untyped-def]  
             ids[filled], probs[filled] = head_ids[h], head_weights[h] * scale
             filled += 1
             h += 1
-        total = 0.0
+        total, count = 0.0, 0
         for m in range(drawn_sizes[t]):
             total += drawn_weights[d + m]
+            count += counts[d + m]
         scale = left[t] / total if total > 0.0 else 0.0
+        grain[t] = left[t] / count if count > 0 else 0.0
         for _ in range(drawn_sizes[t]):
             ids[filled], probs[filled] = drawn_ids[d], drawn_weights[d] * scale
             filled += 1
             d += 1
         offsets[t + 1] = filled
-    return offsets, ids, probs
+    return offsets, ids, probs, grain
