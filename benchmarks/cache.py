@@ -28,7 +28,8 @@ from fusion.artifact import Artifact
 from fusion.capture import cache as store
 from fusion.capture import sample as samplers
 from fusion.capture import stage
-from fusion.capture.cache import Cache, Coder, Said, write_shard
+from fusion.capture.cache import Cache, write_shard
+from fusion.capture.coder import Coder, Said
 from fusion.capture.reader import NO_ENTRIES, Batch, Reader, columns_of
 from fusion.config import Capture, Config, Dataset, Model, Prepare
 from fusion.corpus import write_samples
@@ -38,7 +39,7 @@ from fusion.tokens.batch import pad
 MODELS = ("math-seedoss", "code-neox", "prose-mistral", "pivot-llama")
 WAYS = (
     Capture(sampler="random", draws=50),
-    Capture(sampler="hybrid", k=8, draws=50),
+    Capture(sampler="hybrid", head=8, draws=50),
     Capture(sampler="top_k", k=12),
     Capture(sampler="top_k", k=64),
 )
@@ -47,7 +48,7 @@ _WIDE = 150_000
 
 def name_of(way: Capture) -> str:
     """`SAMPLER NUMBER`."""
-    return {"random": f"random {way.draws}", "hybrid": f"hybrid {way.k} {way.draws}"}.get(
+    return {"random": f"random {way.draws}", "hybrid": f"hybrid {way.head} {way.draws}"}.get(
         way.sampler, f"{way.sampler} {way.k}"
     )
 
@@ -127,7 +128,7 @@ def wide(model: str, path: Path, given: argparse.Namespace) -> list[dict[str, An
             if way.sampler == "top_k":
                 kept = samplers.top_k(logits, following, way.k)
             else:
-                kept = samplers.hybrid(logits, following, way.k if way.sampler == "hybrid" else 0, uniform)
+                kept = samplers.hybrid(logits, following, way.head if way.sampler == "hybrid" else 0, uniform)
             next_logp, *columns = columns_of(kept, following)
             ids, carries = following.numpy().astype(np.int32), np.ones(len(at), np.uint8)
             heard = Heard(ids, places, carries, next_logp, NO_ENTRIES, int(places[-1]))

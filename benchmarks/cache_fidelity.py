@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 import torch
 
 from fusion.capture import sample as samplers
-from fusion.capture.cache import Coder, Said, write_shard
+from fusion.capture.cache import write_shard
+from fusion.capture.coder import Coder, Said
 from fusion.capture.head import Halves
 from fusion.capture.reader import NO_ENTRIES, columns_of
 from fusion.capture.sample import Kept

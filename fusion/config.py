@@ -29,7 +29,7 @@ class Model:
     name: Name = "pivot"
     template: str = "own"  # own | plain | the path of a Jinja file
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: bfloat16 where the device has it
-    attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     trust_remote_code: bool = False
     cache: str | None = None  # a cache captured before, used as it is
     parallel: Literal["none", "zero3"] = "none"  # zero3: captured with its weights spread over all ranks
@@ -62,16 +62,25 @@ class Prepare:
     heldout_limit: Positive = 1000  # samples a domain to measure on
 
 
+SAMPLERS = {  # the settings that each sampler asks
+    "top_k": ("k",),
+    "nucleus": ("k", "mass"),
+    "random": ("draws", "temperature"),
+    "hybrid": ("head", "draws", "temperature"),
+}
+
+
 @dataclass(frozen=True, config=_STRICT)
 class Capture:
     """What is kept of each source's next-token distributions."""
 
     # exact entries: top_k (k of them), nucleus (those that reach `mass`, k at most); draws that stand for the whole:
-    # random; k exact entries and draws for the rest: hybrid
+    # random; `head` exact entries and draws for the rest: hybrid
     sampler: Literal["top_k", "nucleus", "random", "hybrid"] = "random"
     k: Annotated[int, Field(gt=0, lt=65536)] = 64
     mass: Annotated[float, Field(gt=0, le=1)] = 0.95
     draws: Annotated[int, Field(gt=0, lt=65536)] = 50
+    head: Annotated[int, Field(gt=0, lt=65536)] = 8
     temperature: Annotated[float, Field(gt=0, le=4)] = 1.0  # draws come from q^temperature; weights make up for it
     on_nonfinite: Literal["stop", "skip"] = "stop"  # a sample whose logits are NaN or infinite
     batch_tokens: Positive = 8192
@@ -226,9 +235,23 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     except (TypeError, ValueError, RecursionError) as error:  # a date as a key, an alias that holds itself
         raise ValueError(f"{path}: is no plain tree of keys and values: {error}") from None
     try:
-        return TypeAdapter(Config).validate_json(packed, strict=True)
+        config: Config = TypeAdapter(Config).validate_json(packed, strict=True)
     except ValidationError as error:
         raise ValueError(f"{path}: {_explain(error, tree)}") from None
+    _check_asked(config.capture, tree.get("capture") or {})
+    return config
+
+
+def _check_asked(capture: Capture, given: dict) -> None:
+    """A setting of another sampler would change nothing: who gives it means that sampler."""
+    asked = SAMPLERS[capture.sampler]
+    for key in sorted({key for keys in SAMPLERS.values() for key in keys} - set(asked)):
+        if key in given:
+            means = " or ".join(name for name, keys in SAMPLERS.items() if key in keys)
+            raise ValueError(
+                f"capture.{key}: {given[key]} will not do: sampler {capture.sampler} asks {', '.join(asked)} alone; "
+                f"leave it away, or set capture.sampler to {means}"
+            )
 
 
 def _set(tree: dict, override: str) -> None:

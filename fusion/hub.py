@@ -148,7 +148,7 @@ def load_model(model: Model, folder: Path, dtype: str | None = None) -> Any:
         made: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, cluster.precision(dtype or model.dtype)),
-            attn_implementation=model.attention,
+            attn_implementation=None if model.attention == "auto" else model.attention,
             trust_remote_code=model.trust_remote_code,
             output_loading_info=True,
         )

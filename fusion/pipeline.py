@@ -12,7 +12,7 @@ from typing import Any
 
 from fusion import cluster, hub, tracking
 from fusion.artifact import Artifact, damage, digest, read_manifest, verify
-from fusion.config import Config, Model
+from fusion.config import SAMPLERS, Config, Model
 
 # stage → its module, and the number of its format: raised when the same settings no longer give the same bytes
 STAGES = {
@@ -32,12 +32,6 @@ _IDLE = {
     "gradient_checkpointing",
     "batch_tokens",
     "data",
-}
-_SAMPLERS = {  # the settings that each sampler asks
-    "top_k": ("k",),
-    "nucleus": ("k", "mass"),
-    "random": ("draws", "temperature"),
-    "hybrid": ("k", "draws", "temperature"),
 }
 _OF_TEACHERS = {"gate", "pivot", "missing_mass", "k", "label_weight", "topology"}
 
@@ -231,7 +225,7 @@ def plan(config: Config, found: Found) -> list[Task]:
             caches[m.name] = (Path(m.cache), str(read_manifest(Path(m.cache))["key"]))
         else:
             how = {
-                **_settings(config.capture, "sampler", *_SAMPLERS[config.capture.sampler]),
+                **_settings(config.capture, "sampler", *SAMPLERS[config.capture.sampler]),
                 "dtype": m.dtype,
                 "template": hub.template_of(m),
             }

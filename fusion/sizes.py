@@ -21,7 +21,7 @@ def cache_bytes(settings: Capture) -> float:
     A token has its own id, log-probability and place; an entry its id and, where it is exact, its log-probability.
     N draws meet about N^0.8 different ids, and fewer the surer the model is.
     """
-    exact = 0 if settings.sampler == "random" else settings.k
+    exact = {"random": 0, "hybrid": settings.head}.get(settings.sampler, settings.k)
     drawn = settings.draws**0.8 if settings.sampler in ("random", "hybrid") else 0.0
     weight = 1.0 if settings.temperature == 1 else 2.0
     return 5.5 + (1.5 if exact else 0.0) + 1.2 * exact + weight * drawn

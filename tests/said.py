@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fusion.capture import sample as samplers
-from fusion.capture.cache import Coder, Said
+from fusion.capture.coder import Coder, Said
 from fusion.records import Heard, Sparse
 
 NO_ENTRIES = Sparse(np.zeros(1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32))

@@ -97,6 +97,29 @@ def leaves(kind: Any, at: str = "") -> list[str]:
     return found
 
 
+@pytest.mark.parametrize(
+    ("sampler", "key", "line"),
+    [
+        (
+            "random",
+            "k",
+            "random asks draws, temperature alone; leave it away, or set capture.sampler to top_k or nucleus",
+        ),
+        ("top_k", "draws", "top_k asks k alone; leave it away, or set capture.sampler to random or hybrid"),
+        (
+            "hybrid",
+            "mass",
+            "hybrid asks head, draws, temperature alone; leave it away, or set capture.sampler to nucleus",
+        ),
+        ("nucleus", "head", "nucleus asks k, mass alone; leave it away, or set capture.sampler to hybrid"),
+    ],
+)
+def test_a_setting_of_another_sampler_is_refused(tmp_path: Path, sampler: str, key: str, line: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        load(write(tmp_path), [f"capture.sampler={sampler}", f"capture.{key}=1"])
+    assert str(refused.value) == f"capture.{key}: 1 will not do: sampler {line}"
+
+
 def test_every_key_refuses_what_it_cannot_mean(tmp_path: Path) -> None:
     path, keys = write(tmp_path), leaves(Config)
     assert len(keys) > 60 and {"name", "sources.0.dtype", "prepare.data.0.limit", "distill.gate"} <= set(keys)

@@ -167,7 +167,7 @@ def test_inside_a_token_draws_do_not_give_the_label_away() -> None:
                 found[name].append(row.get(1, 0.0))
     # after "a" there is a "b" one time in three; rather too little of it is said, and the rest is left out
     assert 0.25 < np.mean(found["grain"]) < 1 / 3 and len(found["grain"]) == 2000
-    assert np.mean(found["no grain"]) > 0.45
+    assert np.mean(found["no grain"]) > 0.4
 
 
 def test_nothing_is_read_beyond_a_gap() -> None:

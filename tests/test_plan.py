@@ -63,7 +63,7 @@ def everything(folder: Path) -> dict[str, bytes]:
     ("settings", "measured", "within"),
     [  # bytes a token of the zoo's three sources on text of three domains, docs/scale.md
         (Capture(), (24, 40), 0.0),
-        (Capture(sampler="hybrid", k=8), (32, 48.1), 0.0),
+        (Capture(sampler="hybrid", head=8), (32, 48.1), 0.0),
         (Capture(sampler="top_k", k=8), (16.6, 16.7), 0.05),
         (Capture(sampler="top_k", k=12), (21.9, 22), 0.05),
         (Capture(sampler="top_k", k=64), (80, 90), 0.0),
@@ -78,7 +78,7 @@ def test_bytes_a_token_are_as_measured(settings: Capture, measured: tuple[float,
 def test_bytes_a_token_by_hand() -> None:
     assert sizes.cache_bytes(Capture(sampler="top_k", k=10)) == pytest.approx(5.5 + 1.5 + 12)
     assert sizes.cache_bytes(Capture(draws=32)) == pytest.approx(5.5 + 16)
-    tempered = Capture(sampler="hybrid", k=10, draws=32, temperature=0.8)
+    tempered = Capture(sampler="hybrid", head=10, draws=32, temperature=0.8)
     assert sizes.cache_bytes(tempered) == pytest.approx(5.5 + 1.5 + 12 + 2 * 16)
     nucleus, top_k = Capture(sampler="nucleus", k=10), Capture(sampler="top_k", k=10)
     assert sizes.cache_bytes(nucleus) == sizes.cache_bytes(top_k)

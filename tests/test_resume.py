@@ -42,7 +42,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def configured(source: Path, **settings: Any) -> Config:
     model = Model(str(source), "a", dtype="float32", parallel=settings.pop("parallel", "none"))
-    capture = Capture(**{"sampler": "hybrid", "k": 4, "draws": 8, "batch_tokens": 256, **settings})
+    capture = Capture(**{"sampler": "hybrid", "head": 4, "draws": 8, "batch_tokens": 256, **settings})
     return Config("small", Model("none"), (model,), Prepare((Dataset("none.jsonl"),)), capture=capture)
 
 

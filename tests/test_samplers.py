@@ -286,7 +286,6 @@ def test_probabilities_that_lie_far_apart_stay_finite() -> None:
         assert torch.isfinite(kept.estimate(16)).all() and torch.isfinite(kept.left()).all()
 
 
-@pytest.mark.xfail(strict=True, reason="_largest takes places that fill up a row's last stretch for ids")
 def test_ids_of_no_probability_are_ids_all_the_same() -> None:
     logits = torch.full((3, 1001), -torch.inf)
     logits[:, :10] = logits_of(3, 10)
@@ -295,7 +294,6 @@ def test_ids_of_no_probability_are_ids_all_the_same() -> None:
     assert kept.ids.max() < 1001
 
 
-@pytest.mark.xfail(strict=True, reason="joined fills up counts and log-probabilities with -1")
 def test_rows_that_are_filled_up_hold_no_draws_and_no_mass() -> None:
     logits, following, uniform = logits_of(20, 60, seed=8), torch.arange(20), numbers(20, 9)
     kept = in_blocks(lambda s: random(logits[s], following[s], uniform[s]), 20, 1)
@@ -304,7 +302,6 @@ def test_rows_that_are_filled_up_hold_no_draws_and_no_mass() -> None:
     assert torch.allclose(joined([few, more]).left(), torch.cat([few.left(), more.left()]))
 
 
-@pytest.mark.xfail(strict=True, reason="_largest cannot shape no rows into stretches")
 def test_nothing_is_kept_of_nothing_of_many_ids() -> None:
     kept = top_k(torch.zeros(0, 900), torch.zeros(0, dtype=torch.long), 4)
     assert kept.ids.shape == (0, 4)

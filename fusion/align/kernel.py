@@ -185,7 +185,7 @@ def follow(heard, entries, wanted, spelled, spread, ranked, first, trie, whole, 
                 for m in range(size):
                     mass[used[m]] = 0.0
                 continue
-            # of the mass that nobody knows, as much may have led here as of the rest; of what draws did not meet, one more
+            # of the mass that nobody knows as much may have led here as of the rest; of what no draw met, a draw more
             scale = 1.0 / (known / (1.0 - left[at]) + grain[at])
             node, longest = walk(
                 slots, bits, nodes, np.int64(0), np.int32(-1), flat, ends[followed] + read, ends[followed + 1]

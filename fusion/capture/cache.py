@@ -3,7 +3,6 @@
 import json
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,156 +11,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fusion.artifact import atomic, damage, read_manifest
-from fusion.capture import code
-from fusion.records import Heard, Sparse
+from fusion.capture.coder import COLUMNS, Coder
+from fusion.records import Heard
 
 FORMAT = 3
-_NUMBERS = ("tokens", "ends", "logp", "left", "head", "drawn")  # in the order of their raw bits
-_IDS = tuple(f"ids_{n}" for n in range(code.STREAMS))
-_BYTES = (*_NUMBERS, *_IDS, "counts", "carries", "head_logp", "drawn_logp", "bits", "id_bits")
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
         ("left_out", pa.string()),
         ("content_bytes", pa.int32()),
         ("positions", pa.int32()),
-        *((name, pa.binary()) for name in _BYTES),
+        *((name, pa.binary()) for name in COLUMNS),
     ]
 )
 _GROUP = 4096  # positions that are read together: few, for shuffled reading
-_MOST = 1 << 24  # the largest code of a log-probability: of one that is nought
 _OPEN = 64  # files and groups that are kept at hand
 VOCABULARY, INDEX = "vocabulary.parquet", "index.parquet"
-
-
-@dataclass(frozen=True, slots=True)
-class Said:
-    """What a source said of one sample, before it is coded. Arrays have n rows, one a position.
-
-    Attributes:
-        id: the sample's.
-        heard: ids, places, carries and log-probabilities as they are read back; its entries are not asked.
-        left: float32 (n,), mass beyond the exact entries and the token that followed.
-        head, head_logp: exact entries (n, K), id -1 where a row has no more.
-        drawn, counts, drawn_logp: drawn ones (n, D).
-    """
-
-    id: str
-    heard: Heard
-    left: np.ndarray
-    head: np.ndarray
-    head_logp: np.ndarray
-    drawn: np.ndarray
-    counts: np.ndarray
-    drawn_logp: np.ndarray
-
-
-class Coder:
-    """Rows of the cache to bytes and back.
-
-    Args:
-        order: int32, token ids, the most frequent first: an id's place is its rank, and low ranks take less room.
-        temperature: of the proposal that entries were drawn from. With 1 an entry's weight is its count alone.
-    """
-
-    def __init__(self, order: np.ndarray, temperature: float = 1.0):
-        self.order, self.temperature = np.ascontiguousarray(order, np.int32), temperature
-        self._ranks = np.empty(len(order), dtype=np.int32)
-        self._ranks[self.order] = np.arange(len(order), dtype=np.int32)
-
-    def encode(self, said: Said) -> dict[str, Any]:
-        """A row."""
-        heard, tempered = said.heard, self.temperature != 1
-        n, tokens = len(heard.ids), heard.ids.astype(np.int64)[:, None]
-        room = said.head.size + said.drawn.size
-        symbols, filled = np.empty((code.STREAMS, room), np.uint8), np.zeros(code.STREAMS, np.int64)
-        bits, end = np.zeros(6 * room + 8, np.uint8), 0
-        head = np.where(np.isfinite(said.head_logp), said.head, -1)
-        coded = _coded(said.head_logp, code.PER_ENTRY, 255) << 20
-        heads, head_logp, end = code.put_rows(self._ranks, head, coded, tokens, symbols, filled, bits, end)
-        coded = _coded(said.drawn_logp, code.PER_ENTRY, 255) << 20 | said.counts.astype(np.int64) - 1
-        known = np.concatenate([tokens, head], axis=1)
-        draws, along, end = code.put_rows(self._ranks, said.drawn, coded, known, symbols, filled, bits, end)
-        more = along & 0xFFFFF
-        counts, end = code.put_counts(more[more > 0] - 1, bits, end)
-        row: dict[str, Any] = {
-            "id": said.id,
-            "content_bytes": heard.content_bytes,
-            "positions": n,
-            "counts": counts,
-            "carries": heard.carries,
-            "head_logp": (head_logp >> 20).astype(np.uint8),
-            "drawn_logp": (along >> 20).astype(np.uint8) if tempered else b"",
-            "id_bits": bits[: (end + 7) // 8],
-            **{name: symbols[s, : filled[s]] for s, name in enumerate(_IDS)},
-        }
-        left = np.log(np.maximum(said.left, 1e-30)) if said.head.shape[1] else np.zeros(0)
-        numbers = {
-            "tokens": self._ranks[heard.ids].astype(np.int64),
-            "ends": _steps(heard.boundary),
-            "logp": _coded(heard.logp, code.PER_POSITION, _MOST),
-            "left": _coded(left, code.PER_POSITION, _MOST),
-            "head": heads,
-            "drawn": draws,
-        }
-        bits, end = np.zeros(4 * sum(map(len, numbers.values())) + 8, np.uint8), 0
-        for name, values in numbers.items():
-            row[name], end = code.put_all(values, bits, end)
-        row["bits"] = bits[: (end + 7) // 8]
-        return {k: v.tobytes() if isinstance(v, np.ndarray) else v for k, v in row.items()}
-
-    def decode(self, row: Mapping[str, Any]) -> Heard:
-        """What `encode` was given, entries and log-probabilities as exactly as they are kept.
-
-        Args:
-            row: the columns; of those of bytes, uint8 arrays.
-        """
-        at, n = 0, {}
-        for name in _NUMBERS:
-            n[name], at = code.get_all(row[name], row["bits"], at)
-        tokens, logp = self.order[n["tokens"]], _plain(n["logp"], code.PER_POSITION)
-        left = np.exp(_plain(n["left"], code.PER_POSITION)) if len(n["left"]) else -np.expm1(logp)
-        symbols = np.concatenate([row[name] for name in _IDS])
-        heads = np.cumsum([0, *(len(row[name]) for name in _IDS[:-1])])
-        head, _, at = code.get_rows(self.order, n["head"], symbols, heads, row["id_bits"], 0)
-        drawn, more, at = code.get_rows(self.order, n["drawn"], symbols, heads, row["id_bits"], at)
-        counts = 1 + more.astype(np.int64)
-        counts[more > 0] += code.get_counts(row["counts"], int(more.sum()), row["id_bits"], at)[0]
-        weights = counts.astype(np.float64)
-        if self.temperature != 1:
-            weights = weights * np.exp(_plain(row["drawn_logp"], code.PER_ENTRY) * (1 - self.temperature))
-        exact = (n["head"], head, np.exp(_plain(row["head_logp"], code.PER_ENTRY)))
-        *entries, grain = code.together(tokens, logp, left, exact, (n["drawn"], drawn, counts, weights))
-        return Heard(
-            tokens,
-            _places(n["ends"]),
-            row["carries"],
-            logp.astype(np.float32),
-            Sparse(*entries),
-            row["content_bytes"],
-            grain if len(drawn) else None,
-        )
-
-
-def _coded(logp: np.ndarray, unit: int, most: int) -> np.ndarray:
-    """Log-probabilities as whole numbers, by their square root: the likely ones exactly, and none out of range."""
-    return np.minimum(np.rint(np.sqrt(np.maximum(-logp.astype(np.float64), 0)) * unit), most).astype(np.int64)
-
-
-def _plain(coded: np.ndarray, unit: int) -> np.ndarray:
-    return -np.square(coded.astype(np.float64) / unit)
-
-
-def _steps(places: np.ndarray) -> np.ndarray:
-    """0 where a position stands at no place, else 1 + how far it is from the place before (the first one from 0)."""
-    stands = np.flatnonzero(places >= 0)
-    steps = np.zeros(len(places), dtype=np.int64)
-    steps[stands] = np.diff(places[stands], prepend=0) + 1
-    return steps
-
-
-def _places(steps: np.ndarray) -> np.ndarray:
-    return np.where(steps > 0, np.cumsum(np.maximum(steps - 1, 0)), -1)
 
 
 def shard_name(n: int) -> str:
@@ -176,7 +41,7 @@ def write_shard(path: Path, rows: Sequence[Mapping[str, Any]], about: Mapping[st
         rows: in the order of the samples; one that was left out has an `id` and a reason in `left_out`, and no more.
         about: what made it, kept as JSON among the file's metadata.
     """
-    empty = dict.fromkeys(_BYTES, b"")
+    empty = dict.fromkeys(COLUMNS, b"")
     schema = SCHEMA.with_metadata({"fusion": json.dumps({"format": FORMAT, **about}, sort_keys=True)})
     with atomic(path) as part, _writer(part, schema) as writer:
         for group in _groups(rows):
@@ -250,14 +115,14 @@ def _opened(path: Path) -> pq.ParquetFile:
         return pq.ParquetFile(path, page_checksum_verification=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: is missing; start again with --repair") from None
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise _damaged(path, error) from None
 
 
 def _read(path: Path, file: pq.ParquetFile, group: int, columns: list[str] | None = None) -> pa.Table:
     try:
         return file.read_row_group(group, columns=columns)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise _damaged(path, error) from None
 
 
@@ -363,7 +228,10 @@ class Cache:
             path = self._folder / shard_name(shard)
             file = self._files.pop(shard, None) or _opened(path)
             self._files[shard] = file
-            found = _Group(_read(path, file, group))
+            try:
+                found = _Group(_read(path, file, group))
+            except KeyError as error:  # a column's name in the footer, which has no checksum
+                raise _damaged(path, error) from None
         self._groups[shard, group] = found
         while len(self._groups) > _OPEN:
             self._groups.popitem(last=False)
@@ -378,7 +246,7 @@ class _Group:
     def __init__(self, table: pa.Table):
         self._sizes = table["content_bytes"].to_numpy()
         self._cells = {}
-        for name in _BYTES:
+        for name in COLUMNS:
             _, offsets, data = table[name].combine_chunks().buffers()
             starts = np.frombuffer(offsets, np.int32, table.num_rows + 1)
             self._cells[name] = starts, np.frombuffer(data or b"", np.uint8)

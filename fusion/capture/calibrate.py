@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fusion.capture.cache import Coder, shard_name, write_shard
+from fusion.capture.cache import shard_name, write_shard
+from fusion.capture.coder import Coder
 from fusion.capture.reader import Reader
 from fusion.config import Capture, Model
 from fusion.records import Sample, sample_id

@@ -11,7 +11,7 @@ import torch
 
 from fusion import cluster, hub
 from fusion.capture import sample as samplers
-from fusion.capture.cache import Said
+from fusion.capture.coder import Said
 from fusion.capture.head import Halves
 from fusion.capture.sample import Kept
 from fusion.config import Capture, Model
@@ -239,4 +239,4 @@ def _keep(how: Capture, logits: torch.Tensor, following: torch.Tensor, uniform: 
     assert uniform is not None
     if how.sampler == "random":
         return samplers.random(logits, following, uniform, how.temperature)
-    return samplers.hybrid(logits, following, how.k, uniform, how.temperature)
+    return samplers.hybrid(logits, following, how.head, uniform, how.temperature)

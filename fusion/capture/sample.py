@@ -106,7 +106,8 @@ def uniforms(sample: str, positions: np.ndarray, draws: int) -> np.ndarray:
     """float32 (T, draws) in [0, 1): the numbers that decide what is drawn at some positions of a sample.
 
     They depend on the sample's id and the position alone (numpy's Philox counters, keyed by the id), so that a
-    capture gives the same on any number of ranks, in any order, on any device.
+    capture gives the same on any number of ranks, in any order, on any device. Their steps of 2^-24 are the least
+    probability that a draw tells apart.
     """
     key = int.from_bytes(hashlib.sha256(sample.encode()).digest()[:16], "little")
     width = -(-draws // 4) * 4  # a counter gives four numbers
@@ -130,13 +131,17 @@ def in_blocks(take: Callable[[slice], Kept], rows: int, block: int) -> Kept:
     return joined(parts)
 
 
+_BLANK = {"ids": -1, "drawn": -1, "counts": 0}
+
+
 def joined(parts: list[Kept]) -> Kept:
     """Rows of several one after the other, filled up to the widest."""
     columns = [[getattr(part, f.name) for part in parts] for f in fields(Kept)]
     widest = [max(p.shape[-1] for p in column) if column[0].ndim > 1 else 0 for column in columns]
+    blanks = [_BLANK.get(f.name, -torch.inf) for f in fields(Kept)]
     filled = [
-        torch.cat([torch.nn.functional.pad(p, (0, w - p.shape[-1]), value=-1) if p.ndim > 1 else p for p in column])
-        for column, w in zip(columns, widest, strict=True)
+        torch.cat([torch.nn.functional.pad(p, (0, w - p.shape[-1]), value=blank) if p.ndim > 1 else p for p in column])
+        for column, w, blank in zip(columns, widest, blanks, strict=True)
     ]
     return Kept(*filled)
 
@@ -163,10 +168,11 @@ def _largest(rows: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         return rows.topk(k, dim=-1)
     room = -rows.shape[-1] % size
     padded = torch.nn.functional.pad(rows, (0, room), value=-torch.inf) if room else rows
-    stretches = padded.view(len(rows), -1, size)
+    stretches = padded.view(len(rows), padded.shape[-1] // size, size)
     best = stretches.amax(-1).topk(k, dim=-1, sorted=False).indices
     values, at = stretches.gather(1, best[..., None].expand(-1, -1, size)).flatten(1).topk(k, dim=-1)
-    return values, best.gather(-1, at // size) * size + at % size
+    ids = best.gather(-1, at // size) * size + at % size
+    return values, ids.masked_fill(values == -torch.inf, -1)  # else it may be of the room after the last id
 
 
 def _counted(hits_TN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

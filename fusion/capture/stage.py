@@ -16,7 +16,6 @@ from fusion.capture.cache import (
     FORMAT,
     VOCABULARY,
     Cache,
-    Coder,
     read_vocabulary,
     shard_facts,
     shard_name,
@@ -25,6 +24,7 @@ from fusion.capture.cache import (
     write_vocabulary,
 )
 from fusion.capture.calibrate import trial as trial  # for the plan, by way of the pipeline
+from fusion.capture.coder import Coder
 from fusion.capture.reader import NOT_FINITE, TOO_LONG, Batch, Reader
 from fusion.config import Config, Model
 from fusion.corpus import Corpus
