@@ -143,7 +143,8 @@ def _admitted(config: Config, found: Found, prepared: Artifact, repair: bool) ->
     for m in config.sources:
         try:
             if m.cache is not None:
-                verify(Path(m.cache))
+                for name, how in damage(Path(m.cache), read_manifest(Path(m.cache))["files"]).items():
+                    raise ValueError(f"{Path(m.cache) / name}: {how}")
                 folder = found.folders[m.name]
                 weights = digest(found.prints[m.name]) if any(folder.glob("*.safetensors")) else None
                 stage("capture").admit(config, m, folder, weights, prepared.folder)

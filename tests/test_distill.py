@@ -15,8 +15,6 @@ from fusion.align.follow import Follower
 from fusion.align.map import Map
 from fusion.align.projector import Plain
 from fusion.align.spelling import Spelling
-from fusion.artifact import Artifact
-from fusion.capture.cache import Cache, shard_name, shard_rows, write_shard
 from fusion.capture.sample import top_k
 from fusion.distill.dataset import Example, FusionDataset, Teacher, collate
 from fusion.distill.gate import choose
@@ -79,12 +77,25 @@ def invented(renderer: Renderer, samples: Sequence[Sample], seed: int, logp: flo
     return rows
 
 
-def make_cache(folder: Path, rows: Rows, digest: str = "d", shard: int = 4, **facts: Any) -> Path:
-    for n in range(0, len(rows), shard):
-        write_shard(folder / shard_name(n // shard), rows[n : n + shard])
-    folder.mkdir(parents=True, exist_ok=True)
-    Artifact(folder, "capture", "a", "key", {}, {}).publish({"tokenizer": digest, **facts}, 0)
-    return folder
+class Held:
+    """What a cache gives back of these rows, held in memory."""
+
+    def __init__(self, rows: Rows):
+        self._heard = {str(row["id"]): _heard(row) for row in rows}
+
+    def get(self, id: str) -> Heard | None:
+        return self._heard.get(id)
+
+
+def _heard(row: Mapping[str, Any]) -> Heard:
+    offsets = np.concatenate([[0], np.cumsum(row["kept"], dtype=np.int64)])
+    said = Sparse(offsets, row["entry_ids"], np.exp(row["entry_logp"].astype(np.float32)))
+    boundary = row["boundary"].astype(np.int64)
+    return Heard(row["tokens"], boundary, row["carries"], row["logp"], said, row["content_bytes"])
+
+
+def held(rows: Rows) -> Any:
+    return Held(rows)
 
 
 def entries(row: Mapping[str, Any]) -> list[dict[int, float]]:
@@ -135,7 +146,7 @@ def test_gate() -> None:
 
 def test_a_source_that_is_the_target(tmp_path: Path, level: Renderer) -> None:
     rows = invented(level, SAMPLES, seed=0)
-    source = Teacher("own", Cache(make_cache(tmp_path, rows)), same(level))
+    source = Teacher("own", held(rows), same(level))
     dataset = FusionDataset(SAMPLES, level, [source], "min_ce", k=5)
     assert len(dataset) == len(SAMPLES) and dataset.lengths() == [len(level.render(s).ids) for s in SAMPLES]
     for n, (sample, row) in enumerate(zip(SAMPLES, rows, strict=True)):
@@ -159,9 +170,7 @@ def test_another_tokenizer_teaches_where_both_have_read_the_same(
     ends = vocabulary.pair(piece.end_id, level.end_id, (len(piece.table), len(level.table)))
     matrix = vocabulary.chain(vocabulary.exact(piece.table, level.table), ends)
     dense = matrix.toarray()
-    dataset = FusionDataset(
-        SAMPLES, level, [Teacher("sp", Cache(make_cache(tmp_path, rows)), plain(matrix, piece, level))], "min_ce", k=300
-    )
+    dataset = FusionDataset(SAMPLES, level, [Teacher("sp", held(rows), plain(matrix, piece, level))], "min_ce", k=300)
     met = 0
     for n, (sample, row) in enumerate(zip(SAMPLES, rows, strict=True)):
         rendered, example, said, places = level.render(sample), dataset[n], entries(row), naive_places(row)
@@ -180,14 +189,14 @@ def test_the_best_source_teaches(tmp_path: Path, level: Renderer, piece: Rendere
     rows = {name: invented(level, SAMPLES, seed=n, logp=logp) for n, (name, logp) in enumerate(likes.items())}
     for number in (0, 3):  # on these the poor one is good
         rows["poor"][number]["logp"][:] = -0.5
-    teachers = [Teacher(name, Cache(make_cache(tmp_path / name, r)), eye) for name, r in rows.items()]
+    teachers = [Teacher(name, held(r), eye) for name, r in rows.items()]
     dataset = FusionDataset(SAMPLES, level, teachers, "min_ce", k=5)
     for n in range(len(SAMPLES)):
         best = 0 if n in (0, 3) else 1
         assert set(dataset[n].teacher.tolist()) <= {best, -1} and best in dataset[n].teacher
         assert taught(dataset[n]) == entries(rows[("poor", "good")[best]][n])
     # a pivot without a map: where it would win, nobody teaches
-    silent = [*teachers, Teacher("pivot", Cache(make_cache(tmp_path / "p", invented(level, SAMPLES, 7, -0.7))), None)]
+    silent = [*teachers, Teacher("pivot", held(invented(level, SAMPLES, 7, -0.7)), None)]
     dataset = FusionDataset(SAMPLES, level, silent, "min_ce", k=5)
     for n in range(len(SAMPLES)):
         assert set(dataset[n].teacher.tolist()) <= ({0, -1} if n in (0, 3) else {-1})
@@ -203,8 +212,8 @@ def test_the_gate_counts_bytes_and_not_tokens(tmp_path: Path, level: Renderer, p
     many, few = (level, piece) if tokens[0] > tokens[1] else (piece, level)
     # per token the first is the surer one, per byte the second
     caches = [
-        Cache(make_cache(tmp_path / "many", invented(many, (sample, longer), 0, logp=-1.0))),
-        Cache(make_cache(tmp_path / "few", invented(few, (sample, longer), 0, logp=-1.0001))),
+        held(invented(many, (sample, longer), 0, logp=-1.0)),
+        held(invented(few, (sample, longer), 0, logp=-1.0001)),
     ]
     bits = [cache.get(longer.id).bits_per_byte() for cache in caches]  # type: ignore[union-attr]
     size = len(CONTENTS[2].encode())
@@ -215,7 +224,7 @@ def test_the_gate_counts_bytes_and_not_tokens(tmp_path: Path, level: Renderer, p
 def test_a_sample_that_no_source_has_read(tmp_path: Path, level: Renderer) -> None:
     eye = same(level)
     for gate in ("min_ce", "all"):
-        cache = Cache(make_cache(tmp_path / gate, invented(level, SAMPLES[:2], seed=0)))
+        cache = held(invented(level, SAMPLES[:2], seed=0))
         dataset = FusionDataset(SAMPLES, level, [Teacher("a", cache, eye)], gate, k=5)  # type: ignore[arg-type]
         assert (dataset[1].teacher == 0).any()
         assert (dataset[2].teacher == -1).all() and len(dataset[2].taught.ids) == 0
@@ -224,7 +233,7 @@ def test_a_sample_that_no_source_has_read(tmp_path: Path, level: Renderer) -> No
 
 @pytest.mark.parametrize("gate", ["none", "min_ce", "all"])
 def test_labels_alone(tmp_path: Path, level: Renderer, gate: Any) -> None:
-    cache = Cache(make_cache(tmp_path, invented(level, SAMPLES, seed=0)))
+    cache = held(invented(level, SAMPLES, seed=0))
     teachers = [Teacher("a", cache, same(level))] if gate == "none" else []
     dataset = FusionDataset(SAMPLES, level, teachers, gate, k=5)
     for n in range(len(SAMPLES)):
@@ -251,10 +260,7 @@ def test_all_sources_together(tmp_path: Path, level: Renderer) -> None:
     third = [{4: 1.0}, {4: 1.0}]
     lost = plain(vocabulary.pair(5, 6, (size, size)), level, level)  # loses all that the third says
     eye = same(level)
-    caches = [
-        Cache(make_cache(tmp_path / str(n), said_by_hand(level, sample, s)))
-        for n, s in enumerate((first, second, third))
-    ]
+    caches = [held(said_by_hand(level, sample, s)) for n, s in enumerate((first, second, third))]
     teachers = [Teacher("a", caches[0], eye), Teacher("b", caches[1], eye)]
     mean = {2: 0.375, 1: 0.25, 3: 0.25}
 
@@ -292,7 +298,7 @@ def test_too_long(level: Renderer) -> None:
 
 
 def test_collate(tmp_path: Path, level: Renderer, piece: Renderer) -> None:
-    cache = Cache(make_cache(tmp_path, invented(piece, SAMPLES[:4], seed=2)))
+    cache = held(invented(piece, SAMPLES[:4], seed=2))
     teacher = Teacher("sp", cache, plain(vocabulary.exact(piece.table, level.table), piece, level))
     dataset = FusionDataset(SAMPLES, level, [teacher], "min_ce", k=3)
     examples = [dataset[n] for n in (2, 5, 0)]
@@ -354,7 +360,7 @@ def test_a_model_teaches_itself_nothing(
             }
         )
     projector = Follower(same(renderer).map, 4) if followed else same(renderer)
-    own = Teacher("own", Cache(make_cache(tmp_path / "cache", rows)), projector)
+    own = Teacher("own", held(rows), projector)
     dataset = FusionDataset(SAMPLES, renderer, [own], "min_ce", k=len(renderer.table))
     sizes = []
     for label_weight in (1.0, 0.0):
@@ -370,96 +376,8 @@ def test_a_model_teaches_itself_nothing(
     assert sizes[1] < 2e-3 * sizes[0]  # float16 logarithms
 
 
-# ---------------------------------------------------------------- what is kept
-
-
-def test_top_k_against_dense() -> None:
-    logits = torch.randn(11, 30, generator=torch.Generator().manual_seed(0)) * 4
-    following = torch.arange(11)
-    dense = logits.double().log_softmax(-1)
-    kept = top_k(logits, following, 4)
-    values, ids = dense.sort(descending=True)
-    assert torch.equal(kept.ids, ids[:, :4])
-    torch.testing.assert_close(kept.logp.double(), values[:, :4], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(kept.next_logp.double(), dense[torch.arange(11), following], rtol=1e-5, atol=1e-5)
-    for block in (1, 3, 11, 99):
-        part = top_k(logits, following, 4, block)
-        assert torch.equal(part.ids, kept.ids)
-        assert torch.equal(part.logp, kept.logp) and torch.equal(part.next_logp, kept.next_logp)
-    whole = top_k(logits, following, 1000)
-    assert whole.ids.shape == (11, 30)
-    torch.testing.assert_close(whole.logp.exp().sum(-1), torch.ones(11))
-    low = top_k(logits.bfloat16(), following, 4)
-    assert low.logp.dtype == low.next_logp.dtype == torch.float32
-    nothing = top_k(logits[:0], following[:0], 4)
-    assert (nothing.ids.shape, nothing.logp.shape, nothing.next_logp.shape) == ((0, 4), (0, 4), (0,))
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_top_k_refuses_what_is_not_finite(bad: float) -> None:
-    logits = torch.zeros(9, 5)
-    logits[7, 2] = bad
-    for block in (2, 100):
-        with pytest.raises(FloatingPointError) as error:
-            top_k(logits, torch.zeros(9).long(), 2, block)
-        assert error.value.args[0] == 7
-    logits[7, 2] = float("-inf")  # an id that is never said
-    assert 2 not in top_k(logits, torch.zeros(9).long(), 4).ids[7]
-
-
-# ---------------------------------------------------------------- the cache
-
-
-def test_cache_gives_back_every_row_in_any_order(tmp_path: Path, level: Renderer) -> None:
-    samples = [Sample(f"{n:04}", "test", f"{n} " + "the cat " * (n % 4)) for n in range(50)]
-    rows = invented(level, samples, seed=5)
-    rows[7] |= {k: v[:0] for k, v in rows[7].items() if isinstance(v, np.ndarray)}  # nothing that carries loss
-    folder = make_cache(tmp_path, rows, "digest", shard=40)
-    assert [shard_rows(p) for p in sorted(folder.glob("shard-*"))] == [40, 10]
-    cache = Cache(folder, "digest")
-    assert len(cache) == 50 and list(cache.ids()) == [s.id for s in samples]
-    for n in np.random.default_rng(0).permutation(np.repeat(np.arange(50), 2)):
-        heard, row = cache.get(samples[n].id), rows[n]
-        assert heard is not None and samples[n].id in cache
-        for field, column in (("ids", "tokens"), ("boundary", "boundary"), ("carries", "carries"), ("logp", "logp")):
-            assert np.array_equal(getattr(heard, field), row[column])
-        assert heard.content_bytes == row["content_bytes"]
-        assert heard.boundary.dtype == heard.entries.offsets.dtype == np.int64
-        assert np.array_equal(np.diff(heard.entries.offsets), row["kept"])
-        assert np.array_equal(heard.entries.ids, row["entry_ids"])
-        assert np.array_equal(heard.entries.probs, np.exp(row["entry_logp"].astype(np.float32)))
-    assert cache.get("nobody") is None and "nobody" not in cache
-
-
-def test_more_groups_than_are_kept_decoded(tmp_path: Path, level: Renderer) -> None:
-    row = invented(level, TEXTS[4:], seed=0)[0]
-    rows = [row | {"id": str(n), "content_bytes": n} for n in range(16 * 70)]
-    cache = Cache(make_cache(tmp_path, rows, shard=600))
-    for n in (0, 1119, 16, 599, 600, 3, *range(0, 1120, 16), 0, 1119):
-        heard = cache.get(str(n))
-        assert heard is not None and heard.content_bytes == n
-
-
-def test_caches_that_are_refused(tmp_path: Path, level: Renderer) -> None:
-    with pytest.raises(ValueError, match="not a finished stage folder"):
-        Cache(tmp_path / "nothing")
-    folder = make_cache(tmp_path / "made", invented(level, TEXTS, seed=0), level.table.digest, model="org/model")
-    assert len(Cache(folder, level.table.digest)) == len(Cache(folder)) == len(TEXTS)
-    with pytest.raises(
-        ValueError, match=r"math: the cache .*made was made by org/model, whose tokenizer is not math's"
-    ):
-        Cache(folder, "0" * 64, "math")
-    (tmp_path / "other").mkdir()
-    Artifact(tmp_path / "other", "align", "a", "key", {}, {}).publish({"pairs": 3}, 0)
-    with pytest.raises(ValueError, match="math: .*other is not a cache"):
-        Cache(tmp_path / "other", None, "math")
-    (tmp_path / "cut.parquet").write_bytes(b"PAR1")
-    assert shard_rows(tmp_path / "cut.parquet") is None and shard_rows(tmp_path / "absent.parquet") is None
-    assert len(Cache(make_cache(tmp_path / "empty", []))) == 0
-
-
 def test_an_empty_map_teaches_nothing(tmp_path: Path, level: Renderer) -> None:
-    cache = Cache(make_cache(tmp_path, invented(level, SAMPLES, seed=0)))
+    cache = held(invented(level, SAMPLES, seed=0))
     nothing = plain(csr_array((len(level.table), len(level.table))), level, level)
     dataset = FusionDataset(SAMPLES, level, [Teacher("a", cache, nothing)], "min_ce", k=5)
     for n in range(len(SAMPLES)):

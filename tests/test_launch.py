@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from fusion import cluster, tracking
-from fusion.artifact import MANIFEST, verify
+from fusion.artifact import MANIFEST, Journal, damage, verify
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
 Refused = Callable[..., str]
@@ -96,7 +96,11 @@ def check_left_behind(run: Path) -> None:
         if (folder / MANIFEST).exists():
             verify(folder)
         else:
-            assert folder.is_dir() and not [p for p in folder.rglob("*") if p.is_file()]
+            kept = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+            whole = Journal.read(folder)
+            assert {name for name in kept if not name.startswith("work/")} == whole.keys() - damage(
+                folder, whole
+            ).keys()
 
 
 def finished(run: Path) -> list[str]:
@@ -288,15 +292,18 @@ def test_caches_of_other_makers(
     assert run(tree, "--only", "prepare", "capture") == 0
     assert finished(tmp_path / "run") == ["capture/a", "capture/pivot", "prepare"]
     (captured,) = (tmp_path / "run" / "capture").glob("a-*")
-    # another tokenizer's
+    hint = "leave away its `cache`, or start with --repair, to capture it here"
+    # another model's
     tree["sources"] = [{"name": "c", "model": str(made["pivot"]), "cache": str(captured), "dtype": "float32"}]
     line = refused(tree, "--only", "align")
-    assert line == f"c: the cache {captured} was made by {made['a']}, whose tokenizer is not c's; capture it again"
+    assert line == (
+        f"c: the cache {captured} was made by {made['a']}, and {made['pivot']} is another model or revision; {hint}"
+    )
     # of other samples: nothing to learn from it
     tiny.write_lines(tmp_path / "train.jsonl", ({"text": text} for text in tiny.texts(20, seed=9)))
     tree["sources"] = [{"name": "c", "model": str(made["a"]), "cache": str(captured), "dtype": "float32"}]
     line = refused(tree, "--only", "prepare", "capture", "align")
-    assert line == f"c: its cache {captured} has none of these samples; capture it again"
+    assert line.startswith(f"c: the cache {captured} lacks 20 of 20 samples, ") and line.endswith(hint)
     # damaged
     shard = captured / "shard-000002.parquet"
     content = bytearray(shard.read_bytes())
@@ -307,12 +314,11 @@ def test_caches_of_other_makers(
     with pytest.raises(ValueError, match="fails its checksum"):
         verify(captured)
     tree["out"] = str(tmp_path / "other")
-    hint = f"remove {captured} and run the capture stage again"
     shutil.rmtree(tmp_path / "run" / "align")
     kept = shutil.move(captured, tmp_path / "kept")
     tree["sources"][0]["cache"] = str(kept)
     line = refused(tree, "--only", "prepare", "capture", "align")
-    assert line == f"{tmp_path / 'kept' / shard.name}: fails its checksum; {hint.replace(str(captured), str(kept))}"
+    assert line == f"{tmp_path / 'kept' / shard.name}: fails its checksum; {hint}"
     # no cache at all
     tree["sources"][0]["cache"] = str(tmp_path)
     assert refused(tree) == f"{tmp_path}: has no manifest.json: it is not a finished stage folder; run its stage first"
