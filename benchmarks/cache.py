@@ -114,8 +114,9 @@ def _carried_on(rows: torch.Tensor, ranks: torch.Tensor, narrow: int) -> torch.T
     return torch.cat([rows[:, : narrow * 9 // 10].double(), tail], dim=1).log_softmax(-1)
 
 
-def wide(model: str, path: Path, given: argparse.Namespace) -> list[dict[str, Any]]:
+def wide(model: str, given: argparse.Namespace) -> list[dict[str, Any]]:
     """The same for 150,000 ids."""
+    path = common.own_texts(model)[0]
     made: dict[str, list[Said]] = {name_of(way): [] for way in WAYS}
     frequencies = torch.zeros(_WIDE, dtype=torch.float64)
     for n, (id, logits, following) in enumerate(curves(reader_of(model, given.template), path, given.limit // 2)):
@@ -177,7 +178,7 @@ def reading(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 def captured(model: str, samples: list[Sample], way: Capture, folder: Path) -> Artifact:
     """A finished capture."""
-    write_samples(folder / "train.parquet", samples)
+    write_samples(folder / "train.parquet", samples, 256)  # as in a large corpus
     source = Model(str(common.folder_of(model)), "source")
     config = Config(
         "benchmark", Model("none"), (source,), Prepare((Dataset("none"),)), capture=replace(way, too_long="skip")
@@ -191,7 +192,7 @@ def captured(model: str, samples: list[Sample], way: Capture, folder: Path) -> A
 def cost(model: str, given: argparse.Namespace) -> list[dict[str, Any]]:
     """A capture (reading, keeping, coding, writing) against forward passes of the same batches, turn by turn."""
     reader = reader_of(model, given.template)
-    batches = list(reader.batches(texts_of(common.TEXTS[2], min(given.limit, 64)), {}))
+    batches = list(reader.batches(texts_of(common.TEXTS[2], min(given.limit, 24)), {}))
     order = np.argsort(-reader.frequencies(batches[:1]), kind="stable").astype(np.int32)
     tokens = sum(int(np.count_nonzero(r.carries)) for batch in batches for r in batch.rendered)
     assert reader._halves is not None
@@ -268,7 +269,7 @@ def main() -> None:
         help="JSON lines with `text` or `messages`; default: all of ../shared/text",
     )
     parser.add_argument("--limit", type=int, default=256, help="texts of each file")
-    parser.add_argument("--rounds", type=int, default=5, help="of each cost")
+    parser.add_argument("--rounds", type=int, default=3, help="of each cost")
     parser.add_argument("--memory-texts", type=int, default=1500, help="texts of the smaller capture")
     parser.add_argument(
         "--only",
@@ -284,29 +285,29 @@ def main() -> None:
     given.model = given.model or list(MODELS)
     texts = given.text or [*common.TEXTS, common.SHARED / "text" / "instruct_chat.jsonl"]
     figures: dict[str, Any] = {}
-    if "sizes" in given.only:
-        figures["sizes"] = [row for model in given.model for row in sizes(model, texts, given)]
-        figures["sizes"] += [
-            row for model in given.model[:1] + given.model[2:3] for row in wide(model, texts[0], given)
-        ]
-        figures["mean bytes a token"] = [
-            {
-                "kept": name,
-                "zoo": np.mean(
-                    [r["bytes a token"] for r in figures["sizes"] if r["kept"] == name and "curve" not in r["model"]]
-                ),
-            }
-            for name in map(name_of, WAYS)
-        ]
-    if "reading" in given.only:
-        figures["reading"] = reading(given)
-    if "cost" in given.only:
-        figures["cost"] = [row for model in given.model for row in cost(model, given)]
-    if "memory" in given.only:
-        figures["memory"] = memory(given)
-    for title, rows in figures.items():
+
+    def tell(name: str, rows: list[dict[str, Any]]) -> None:
+        figures[name] = rows
         columns = list(rows[0])
-        common.show(title, columns, [[row[c] for c in columns] for row in rows])
+        common.show(name, columns, [[row[c] for c in columns] for row in rows])
+
+    if "reading" in given.only:
+        tell("reading, one core", reading(given))
+    if "cost" in given.only:
+        tell("a capture above forward passes", [row for model in given.model for row in cost(model, given)])
+    if "memory" in given.only:
+        tell("memory", memory(given))
+    if "sizes" in given.only:
+        rows = [row for model in given.model for row in sizes(model, texts, given)]
+        tell("bytes a token", rows)
+        ways = list(map(name_of, WAYS))
+        means = [np.mean([row["bytes a token"] for row in rows if row["kept"] == way]) for way in ways]
+        tell(
+            "mean of these",
+            [{"kept": way, "bytes a token": float(mean)} for way, mean in zip(ways, means, strict=True)],
+        )
+        curved = [row for model in given.curve or ("math-seedoss", "prose-mistral") for row in wide(model, given)]
+        tell("bytes a token, 150,000 ids", curved)
     common.write(given.json, figures)
 
 

@@ -239,10 +239,9 @@ def main() -> None:
     parser.add_argument("--missing-mass", choices=("ghost", "drop", "renormalise"), default="ghost")
     given = common.parsed(parser)
     given.way = given.way or list(WAYS)
-    own = {"math-seedoss": common.TEXTS[:1], "code-neox": common.TEXTS[1:2], "prose-mistral": common.TEXTS[2:3]}
     figures = []
-    for model in given.model or list(own):
-        found = measure(model, given.text or list(own.get(Path(model).name, common.TEXTS)), given)
+    for model in given.model or list(common.OWN):
+        found = measure(model, given.text or list(common.own_texts(model)), given)
         figures.append(found)
         bits = found["bits a token"]
         title = f"{found['model']}: {found['positions']:,} positions, {found['vocabulary']:,} ids; "

@@ -30,6 +30,14 @@ PAIRS = (
 TEXTS = tuple(SHARED / "text" / f"{n}.jsonl" for n in ("math_qa", "code_python", "prose_gutenberg"))
 
 
+OWN = {"math-seedoss": TEXTS[:1], "code-neox": TEXTS[1:2], "prose-mistral": TEXTS[2:]}  # the zoo's specialists
+
+
+def own_texts(model: str) -> Sequence[Path]:
+    """The texts of a specialist's domain; for another model all of them."""
+    return OWN.get(Path(model).name, TEXTS)
+
+
 def folder_of(name: str) -> Path:
     """A tokenizer's or model's folder: a path, or its name in ../shared."""
     places = (Path(name), *(SHARED / kind / name for kind in ("tokenizers", "zoo", "models")))

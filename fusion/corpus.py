@@ -10,8 +10,8 @@ from fusion.records import Sample
 _LARGEST_GROUP = 256  # samples a rank claims at a time
 
 
-def write_samples(path: Path, samples: Sequence[Sample]) -> None:
-    """Write samples in row groups: of 256, smaller where that would be less than some 32 groups to share out."""
+def write_samples(path: Path, samples: Sequence[Sample], size: int | None = None) -> None:
+    """Write samples in row groups of `size`, else of 256, or less where that gives fewer than some 32 groups."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -24,7 +24,7 @@ def write_samples(path: Path, samples: Sequence[Sample]) -> None:
             ("messages", pa.string()),
         ]
     )
-    size = max(8, min(_LARGEST_GROUP, len(samples) // 32))
+    size = size or max(8, min(_LARGEST_GROUP, len(samples) // 32))
     with atomic(path) as part, pq.ParquetWriter(part, schema, compression="zstd") as writer:
         for start in range(0, len(samples), size):
             rows = [_to_row(sample) for sample in samples[start : start + size]]

@@ -35,11 +35,15 @@ class Page:
     def columns(self) -> dict[str, list[int]]:
         found: dict[str, list[int]] = {}
         at = 0
-        for name in ("tokens", "ends", "logp", "left", "head", "drawn"):
+        for name in ("tokens", "ends", "carries", "logp", "left", "head", "drawn"):
             found[name] = []
             for symbol in self.row[name]:
                 value, at = self.number(symbol, "bits", at)
                 found[name].append(value)
+        pairs = found["carries"]
+        found["carries"] = [v for v, times in zip(pairs[::2], pairs[1::2], strict=True) for _ in range(times)]
+        for name in ("head", "drawn"):
+            found[name] = found[name] or [0] * len(found["tokens"])
         return found
 
     def ids(self, sizes: list[int], heads: list[int], at: int) -> tuple[list[list[tuple[int, bool]]], int]:
@@ -96,7 +100,7 @@ class Page:
             entries = {token: p}
             for kind, share in ((heads_here, max(1 - p - left, 0)), (draws_here, left)):
                 entries.update({i: w / sum(kind.values()) * share for i, w in kind.items()})
-            positions.append((token, here, self.row["carries"][t], logp, entries))
+            positions.append((token, here, n["carries"][t], logp, entries))
         assert at <= 8 * len(self.row["id_bits"]) < at + 8 and len(self.row["counts"]) == (more + 1) // 2
         return positions
 
@@ -136,7 +140,7 @@ def test_a_row_by_hand() -> None:
     # 289 is 256 + 1·32 + 1: e = 8, three bits 001, five raw bits 00001
     assert list(row["tokens"]) == [0, 2, 16 + 8 * 4 + 1]
     assert list(row["ends"]) == [2, 0, 4]  # 1 + 1; none; 1 + 4 - 1
-    assert list(row["carries"]) == [1, 1, 2]
+    assert list(row["carries"]) == [1, 2, 2, 1]
     # 512 = 2^9, 0, 1700 = 1024 + 5·128 + 36; the mass 1e-30 that is the least has the code 8,511 = 8192 + 0·1024 + 319
     assert list(row["logp"]) == [16 + 8 * 5, 0, 16 + 8 * 6 + 5]
     assert list(row["left"]) == [16 + 8 * 6, 16 + 8 * 9, 16 + 8 * 5]

@@ -30,7 +30,7 @@ from fusion.capture.coder import Coder, Said
 from fusion.records import Heard, Sparse
 
 V = 500
-FACTS = {"tokenizer": "t", "model": "m", "cache format": FORMAT, "temperature": 1.3}
+FACTS = {"tokenizer": "t", "model": "m", "cache format": FORMAT, "sampler": "hybrid", "temperature": 1.3}
 LEFT_OUT = f"{2**63:016x}"
 CODER = Coder(order_of(V), 1.3)
 

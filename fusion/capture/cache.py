@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fusion.artifact import atomic, damage, read_manifest
-from fusion.capture.coder import COLUMNS, Coder
+from fusion.capture.coder import COLUMNS, PLAIN, Coder
 from fusion.records import Heard
 
 FORMAT = 3
@@ -24,6 +24,13 @@ SCHEMA = pa.schema(
         *((name, pa.binary()) for name in COLUMNS),
     ]
 )
+_UNUSED = {  # columns that are empty with a sampler, and cost time to read all the same
+    "random": {"left", "head", "head_logp"},
+    "hybrid": set(),
+    "top_k": {"drawn", "counts", "drawn_logp"},
+    "nucleus": {"drawn", "counts", "drawn_logp"},
+}
+_COMPRESSED = set(COLUMNS) - set(PLAIN)
 _GROUP = 4096  # positions that are read together: few, for shuffled reading
 _OPEN = 64  # files and groups that are kept at hand
 VOCABULARY, INDEX = "vocabulary.parquet", "index.parquet"
@@ -53,8 +60,8 @@ def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
     return pq.ParquetWriter(
         path,
         schema,
-        compression="zstd",
-        compression_level=3,
+        compression={name: "zstd" if name in _COMPRESSED else "none" for name in schema.names},
+        compression_level={name: 3 for name in schema.names if name in _COMPRESSED},
         use_dictionary=False,
         write_statistics=False,
         write_page_checksum=True,
@@ -121,7 +128,7 @@ def _opened(path: Path) -> pq.ParquetFile:
 
 def _read(path: Path, file: pq.ParquetFile, group: int, columns: list[str] | None = None) -> pa.Table:
     try:
-        return file.read_row_group(group, columns=columns)
+        return file.read_row_group(group, columns=columns, use_threads=False)  # threads cost more than they save
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise _damaged(path, error) from None
 
@@ -189,6 +196,8 @@ class Cache:
         self._where = np.stack([index[name].to_numpy() for name in _PLACE], axis=1)
         reasons = index["left_out"].to_pylist()
         self.left_out = {f"{int(self._ids[n]):016x}": why for n, why in enumerate(reasons) if why is not None}
+        unused = _UNUSED[self.facts["sampler"]] | ({"drawn_logp"} if self.facts["temperature"] == 1 else set())
+        self._columns = ["content_bytes", *(name for name in COLUMNS if name not in unused)]
         self._files: OrderedDict[int, pq.ParquetFile] = OrderedDict()
         self._groups: OrderedDict[tuple[int, int], _Group] = OrderedDict()
 
@@ -229,7 +238,7 @@ class Cache:
             file = self._files.pop(shard, None) or _opened(path)
             self._files[shard] = file
             try:
-                found = _Group(_read(path, file, group))
+                found = _Group(_read(path, file, group, self._columns))
             except KeyError as error:  # a column's name in the footer, which has no checksum
                 raise _damaged(path, error) from None
         self._groups[shard, group] = found
@@ -244,13 +253,12 @@ class _Group:
     """Some rows of a shard, as their bytes."""
 
     def __init__(self, table: pa.Table):
-        self._sizes = table["content_bytes"].to_numpy()
-        self._cells = {}
-        for name in COLUMNS:
-            _, offsets, data = table[name].combine_chunks().buffers()
-            starts = np.frombuffer(offsets, np.int32, table.num_rows + 1)
-            self._cells[name] = starts, np.frombuffer(data or b"", np.uint8)
+        self._sizes = table.column("content_bytes")
+        self._cells = [(name, table.column(name)) for name in table.column_names if name != "content_bytes"]
 
     def row(self, n: int) -> dict[str, Any]:
-        cells = {name: data[starts[n] : starts[n + 1]] for name, (starts, data) in self._cells.items()}
-        return {"content_bytes": int(self._sizes[n]), **cells}
+        cells = {name: np.frombuffer(column[n].as_buffer(), np.uint8) for name, column in self._cells}
+        return {**_NO_BYTES, "content_bytes": self._sizes[n].as_py(), **cells}
+
+
+_NO_BYTES = dict.fromkeys(COLUMNS, np.zeros(0, np.uint8))

@@ -38,11 +38,13 @@ def get(symbol, bits, at):  # type: ignore[no-untyped-def]  # pragma: no cover -
     """The number of a symbol whose raw bits begin at `at`, and where the next ones begin."""
     if symbol < 16:
         return np.int64(symbol), at
-    e = ((symbol - 16) >> 3) + 4
-    value = np.int64(8 | ((symbol - 16) & 7)) << (e - 3)
-    for n in range(e - 3):
-        value |= np.int64((bits[(at + n) >> 3] >> ((at + n) & 7)) & 1) << n
-    return value, at + e - 3
+    wide = ((symbol - 16) >> 3) + 1
+    first, last = at >> 3, (at + wide - 1) >> 3
+    window = np.int64(0)
+    for n in range(last, first - 1, -1):  # a byte at a time: as many as the bits lie in
+        window = (window << 8) | bits[n]
+    raw = (window >> (at & 7)) & ((1 << wide) - 1)
+    return (np.int64(8 | ((symbol - 16) & 7)) << wide) | raw, at + wide
 
 
 @compiled

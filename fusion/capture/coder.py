@@ -9,9 +9,10 @@ import numpy as np
 from fusion.capture import code
 from fusion.records import Heard, Sparse
 
-_NUMBERS = ("tokens", "ends", "logp", "left", "head", "drawn")  # in the order of their raw bits
+_NUMBERS = ("tokens", "ends", "carries", "logp", "left", "head", "drawn")  # in the order of their raw bits
 _IDS = tuple(f"ids_{n}" for n in range(code.STREAMS))
-COLUMNS = (*_NUMBERS, *_IDS, "counts", "carries", "head_logp", "drawn_logp", "bits", "id_bits")
+COLUMNS = (*_NUMBERS, *_IDS, "counts", "head_logp", "drawn_logp", "bits", "id_bits")
+PLAIN = ("carries", "bits", "id_bits")  # too short or too even for a compressor, which takes time to begin
 _MOST = 1 << 24  # the largest code of a log-probability: of one that is nought
 
 
@@ -70,7 +71,6 @@ class Coder:
             "content_bytes": heard.content_bytes,
             "positions": n,
             "counts": counts,
-            "carries": heard.carries,
             "head_logp": (head_logp >> 20).astype(np.uint8),
             "drawn_logp": (along >> 20).astype(np.uint8) if tempered else b"",
             "id_bits": bits[: (end + 7) // 8],
@@ -80,10 +80,11 @@ class Coder:
         numbers = {
             "tokens": self._ranks[heard.ids].astype(np.int64),
             "ends": _steps(heard.boundary),
+            "carries": _runs(heard.carries),
             "logp": _coded(heard.logp, code.PER_POSITION, _MOST),
             "left": _coded(left, code.PER_POSITION, _MOST),
-            "head": heads,
-            "drawn": draws,
+            "head": heads if heads.any() else heads[:0],
+            "drawn": draws if draws.any() else draws[:0],
         }
         bits, end = np.zeros(4 * sum(map(len, numbers.values())) + 8, np.uint8), 0
         for name, values in numbers.items():
@@ -100,6 +101,8 @@ class Coder:
         at, n = 0, {}
         for name in _NUMBERS:
             n[name], at = code.get_all(row[name], row["bits"], at)
+        for name in ("head", "drawn"):
+            n[name] = n[name] if len(n[name]) else np.zeros(len(n["tokens"]), np.int64)
         tokens, logp = self.order[n["tokens"]], _plain(n["logp"], code.PER_POSITION)
         left = np.exp(_plain(n["left"], code.PER_POSITION)) if len(n["left"]) else -np.expm1(logp)
         symbols = np.concatenate([row[name] for name in _IDS])
@@ -116,7 +119,7 @@ class Coder:
         return Heard(
             tokens,
             _places(n["ends"]),
-            row["carries"],
+            np.repeat(n["carries"][::2], n["carries"][1::2]).astype(np.uint8),
             logp.astype(np.float32),
             Sparse(*entries),
             row["content_bytes"],
@@ -131,6 +134,12 @@ def _coded(logp: np.ndarray, unit: int, most: int) -> np.ndarray:
 
 def _plain(coded: np.ndarray, unit: int) -> np.ndarray:
     return -np.square(coded.astype(np.float64) / unit)
+
+
+def _runs(values: np.ndarray) -> np.ndarray:
+    """Each value and how often it stands there in a row, one after the other."""
+    starts = np.flatnonzero(np.diff(values.astype(np.int64), prepend=-1))
+    return np.stack([values[starts], np.diff(starts, append=len(values))], axis=1).astype(np.int64).ravel()
 
 
 def _steps(places: np.ndarray) -> np.ndarray:
