@@ -221,7 +221,11 @@ class Cache:
         if place is None:
             return None
         shard, group, row = place
-        return self._coder.decode(self._group(shard, group).row(row))
+        cells = self._group(shard, group).row(row)
+        try:
+            return self._coder.decode(cells)
+        except (IndexError, ValueError) as error:  # streams that do not fit each other: numpy's errors, and code's
+            raise _damaged(self._folder / shard_name(shard), error) from None
 
     def _find(self, id: str) -> tuple[int, int, int] | None:
         number = np.uint64(int(id, 16))
