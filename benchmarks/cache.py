@@ -44,6 +44,7 @@ WAYS = (
     Capture(sampler="top_k", k=64),
 )
 _WIDE = 150_000
+PARTS = ("sizes", "curves", "reading", "cost", "memory")
 
 
 def name_of(way: Capture) -> str:
@@ -262,6 +263,7 @@ def main() -> None:
     """Read the options, measure, print."""
     parser = common.arguments("Size, speed, cost and memory of the cache")
     parser.add_argument("--model", action="append", help="a model's folder, or its name in ../shared; default: the zoo")
+    parser.add_argument("--curve", action="append", help="models whose curves 150,000 ids get, each in its own domain")
     parser.add_argument(
         "--text",
         action="append",
@@ -274,8 +276,8 @@ def main() -> None:
     parser.add_argument(
         "--only",
         nargs="+",
-        choices=("sizes", "reading", "cost", "memory"),
-        default=("sizes", "reading", "cost", "memory"),
+        choices=PARTS,
+        default=PARTS,
     )
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     given = common.parsed(parser)
@@ -306,6 +308,7 @@ def main() -> None:
             "mean of these",
             [{"kept": way, "bytes a token": float(mean)} for way, mean in zip(ways, means, strict=True)],
         )
+    if "curves" in given.only:
         curved = [row for model in given.curve or ("math-seedoss", "prose-mistral") for row in wide(model, given)]
         tell("bytes a token, 150,000 ids", curved)
     common.write(given.json, figures)

@@ -74,15 +74,23 @@ class Journal:
             os.fsync(file.fileno())
 
     @staticmethod
-    def read(folder: Path) -> dict[str, dict[str, Any]]:
-        """Name → size and checksum of every file that was whole when it was written."""
-        found = {}
+    def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
+        """Name → size and checksum of every file that was whole when it was written, as often as it was."""
+        found: dict[str, list[dict[str, Any]]] = {}
         for path in sorted(folder.glob("work/whole-*.jsonl")):
             for line in path.read_text(errors="replace").splitlines():
                 with suppress(ValueError, KeyError, TypeError):
                     name, told = json.loads(line)
-                    found[str(name)] = {"bytes": int(told["bytes"]), "sha256": str(told["sha256"])}
+                    found.setdefault(str(name), []).append({"bytes": int(told["bytes"]), "sha256": str(told["sha256"])})
         return found
+
+    @staticmethod
+    def whole(folder: Path, names: Iterable[str]) -> set[str]:
+        """Of some files, those that are as they were when one of the ranks, in this run or before, wrote them down."""
+        told = Journal.read(folder)
+        there = [name for name in names if name in told and (folder / name).exists()]
+        now = _in_threads(_told, [folder / name for name in there])
+        return {name for name, as_it_is in zip(there, now, strict=True) if as_it_is in told[name]}
 
 
 def damage(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -192,7 +200,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         files = {n: {"bytes": told["bytes"], "sha256": told["sha256"]} for n, told in manifest["files"].items()}
         known = {name: manifest[name] for name in ("stage", "subject", "key", "seconds", "facts")}
         return {**manifest, **known, "files": files}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
             f"{folder}: has no {MANIFEST}: it is not a finished stage folder; run its stage first"
         ) from None

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 _LONGEST_COMPILE_S = 900
+_CLOSED = "closed"
 
 
 def rank() -> int:
@@ -121,9 +122,17 @@ def claims(items: Sequence[T], folder: Path) -> Iterator[T]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     for item in items:
+        if (folder / _CLOSED).exists():
+            return
         with suppress(FileExistsError):
             os.close(os.open(folder / f"claim-{item}", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
             yield item
+
+
+def close_claims(folder: Path) -> None:
+    """Nobody gets anything more from `claims`: one rank cannot go on, and the others need not."""
+    with suppress(OSError):  # on a full disk they find out by themselves
+        (folder / _CLOSED).touch()
 
 
 def in_step(items: Iterable[T], work: Callable[[T | None], None]) -> None:

@@ -79,7 +79,7 @@ class Capture:
     sampler: Literal["top_k", "nucleus", "random", "hybrid"] = "random"
     k: Annotated[int, Field(gt=0, lt=65536)] = 64
     mass: Annotated[float, Field(gt=0, le=1)] = 0.95
-    draws: Annotated[int, Field(gt=0, lt=65536)] = 50
+    draws: Annotated[int, Field(gt=0, le=4096)] = 50
     head: Annotated[int, Field(gt=0, lt=65536)] = 8
     temperature: Annotated[float, Field(gt=0, le=4)] = 1.0  # draws come from q^temperature; weights make up for it
     on_nonfinite: Literal["stop", "skip"] = "stop"  # a sample whose logits are NaN or infinite

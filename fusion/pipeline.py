@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion import cluster, hub, tracking
-from fusion.artifact import Artifact, damage, digest, read_manifest, verify
+from fusion.artifact import MANIFEST, Artifact, damage, digest, read_manifest, verify
 from fusion.config import SAMPLERS, Config, Model
 
 # stage → its module, and the number of its format: raised when the same settings no longer give the same bytes
@@ -64,6 +64,8 @@ def run(config: Config, only: Sequence[str] = (), start: str | None = None, repa
     Raises:
         ValueError: anything that the user can mend, in one line.
     """
+    if repair:
+        config = cluster.on_main(lambda: _readable(config))
     found = cluster.on_main(lambda: find(config))
     tasks = cluster.on_main(lambda: plan(config, found))
     wanted = [
@@ -71,17 +73,17 @@ def run(config: Config, only: Sequence[str] = (), start: str | None = None, repa
         for s in STAGES
         if (not only or s in only) and (start is None or list(STAGES).index(s) >= list(STAGES).index(start))
     ]
+    if repair:
+        cluster.on_main(lambda: _repair([task.out for task in tasks if task.out.stage in wanted]))
     pending = cluster.on_main(lambda: {t.out.stage for t in tasks if not t.out.done()})
     for name in wanted:
         if name in pending and hasattr(stage(name), "check"):
             stage(name).check(config)  # better now than hours from now
     checked: set[Path] = set()
-    if repair:
-        cluster.on_main(lambda: _repair([task.out for task in tasks if task.out.done()]))
     if any(m.cache for m in candidates(config)) and wanted != ["prepare"]:
         if "prepare" in wanted and not cluster.on_main(tasks[0].out.done):
             _do(config, tasks[0], checked)
-        config = cluster.on_main(lambda: _admitted(config, found, tasks[0].out, repair))
+        config = cluster.on_main(lambda: _admitted(config, found, tasks[0].out, repair, checked))
         tasks = cluster.on_main(lambda: plan(config, find(config)))
     for task in tasks:
         if cluster.on_main(task.out.done):
@@ -90,6 +92,8 @@ def run(config: Config, only: Sequence[str] = (), start: str | None = None, repa
             tracking.say(f"[dim]{task.out.label:<20} done before[/dim]  {task.out.folder}")
         elif task.out.stage in wanted:
             _do(config, task, checked)
+            if hasattr(stage(task.out.stage), "accept"):
+                cluster.on_main(partial(stage(task.out.stage).accept, config, task.out))
         elif any(task.out.folder in later.inputs.values() and later.out.stage in wanted for later in tasks):
             raise ValueError(
                 f"{task.out.label} is not finished and a stage that was asked for reads it; leave away --only or --from"
@@ -124,7 +128,14 @@ def _do(config: Config, task: Task, checked: set[Path]) -> None:
 def _repair(finished: Sequence[Artifact]) -> None:
     """Make finished folders with damaged files unfinished ones that lack them."""
     for out in finished:
-        manifest = read_manifest(out.folder)
+        if not (out.folder / MANIFEST).exists():
+            continue
+        try:
+            manifest = read_manifest(out.folder)
+        except ValueError as error:
+            tracking.say(f"{error}: its files are looked at one by one")
+            (out.folder / MANIFEST).unlink()
+            continue
         broken = damage(out.folder, manifest["files"])
         for name, how in broken.items():
             tracking.say(f"{out.label}: {name} {how}: it is made again")
@@ -132,15 +143,15 @@ def _repair(finished: Sequence[Artifact]) -> None:
         if broken and hasattr(stage(out.stage), "repair"):
             stage(out.stage).repair(out.folder, manifest["files"], set(broken))
         if broken:
-            (out.folder / "manifest.json").unlink()
+            (out.folder / MANIFEST).unlink()
 
 
-def _admitted(config: Config, found: Found, prepared: Artifact, repair: bool) -> Config:
+def _admitted(config: Config, found: Found, prepared: Artifact, repair: bool, checked: set[Path]) -> Config:
     """The config, without those of its caches that will not do where they are to be captured again."""
     if not prepared.done():
         raise ValueError("prepare is not finished and a stage that was asked for reads it; leave away --only or --from")
-    sources = []
-    for m in config.sources:
+    models = []
+    for m in (config.pivot, *config.sources):
         try:
             if m.cache is not None:
                 for name, how in damage(Path(m.cache), read_manifest(Path(m.cache))["files"]).items():
@@ -148,6 +159,7 @@ def _admitted(config: Config, found: Found, prepared: Artifact, repair: bool) ->
                 folder = found.folders[m.name]
                 weights = digest(found.prints[m.name]) if any(folder.glob("*.safetensors")) else None
                 stage("capture").admit(config, m, folder, weights, prepared.folder)
+                checked.add(Path(m.cache))
         except ValueError as error:
             if not repair:
                 raise ValueError(
@@ -155,14 +167,29 @@ def _admitted(config: Config, found: Found, prepared: Artifact, repair: bool) ->
                 ) from None
             tracking.say(f"{error}: it is captured here")
             m = replace(m, cache=None)
-        sources.append(m)
-    return replace(config, sources=tuple(sources))
+        models.append(m)
+    return replace(config, pivot=models[0], sources=tuple(models[1:]))
+
+
+def _readable(config: Config) -> Config:
+    """The config, without those of its caches that cannot be told from anything else."""
+
+    def known(m: Model) -> Model:
+        try:
+            if m.cache is not None:
+                read_manifest(Path(m.cache))
+            return m
+        except (ValueError, OSError) as error:
+            tracking.say(f"{m.name}: {error}: it is captured here")
+            return replace(m, cache=None)
+
+    return replace(config, pivot=known(config.pivot), sources=tuple(map(known, config.sources)))
 
 
 def _check_inputs(task: Task, checked: set[Path]) -> None:
     task.out.folder.mkdir(parents=True, exist_ok=True)
     for folder in task.inputs.values():
-        if folder not in checked and (folder / "manifest.json").exists():
+        if folder not in checked and (folder / MANIFEST).exists():
             verify(folder)
             checked.add(folder)
 

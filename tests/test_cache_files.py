@@ -26,11 +26,11 @@ from fusion.capture.cache import (
     write_shard,
     write_vocabulary,
 )
-from fusion.capture.coder import Coder, Said
+from fusion.capture.coder import COLUMNS, Coder, Said
 from fusion.records import Heard, Sparse
 
 V = 500
-FACTS = {"tokenizer": "t", "model": "m", "cache format": FORMAT, "sampler": "hybrid", "temperature": 1.3}
+FACTS = {"tokenizer": "t", "model": "m", "cache format": FORMAT, "sampler": "hybrid", "temperature": 1.3, "config": "c"}
 LEFT_OUT = f"{2**63:016x}"
 CODER = Coder(order_of(V), 1.3)
 
@@ -67,6 +67,26 @@ def equal(found: Heard | None, wanted: Heard | None) -> bool:
     pairs = [(getattr(found, n), getattr(wanted, n)) for n in ("ids", "boundary", "carries", "logp")]
     pairs += [(getattr(found.entries, n), getattr(wanted.entries, n)) for n in ("offsets", "ids", "probs")]
     return all(np.array_equal(a, b) for a, b in pairs) and found.content_bytes == wanted.content_bytes
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_columns_that_do_not_fit_each_other_are_refused(column: str) -> None:
+    """A writer's fault that every checksum agrees with: compiled code must not read beyond an array."""
+    row = CODER.encode(one(IDS[0], 60))
+    for cut in (row[column][: len(row[column]) // 2], row[column][:-1], row[column] * 2):
+        cells = {name: np.frombuffer(row[name], np.uint8) for name in COLUMNS} | {column: np.frombuffer(cut, np.uint8)}
+        if cut == row[column] or column in ("bits", "id_bits") and len(cut) > len(row[column]):
+            continue  # nothing was cut; bits that nobody asks do no harm
+        with pytest.raises((IndexError, ValueError)):
+            CODER.decode({"content_bytes": 1, **cells})
+
+
+def test_an_index_of_many_shards_has_few_groups(tmp_path: Path) -> None:
+    out = artifact(tmp_path, "capture", "a")
+    ids = [f"{n:016x}" for n in range(300)]
+    stored(out, [[{"id": id, "left_out": "why"} for id in ids[n : n + 3]] for n in range(0, 300, 3)])
+    assert pq.read_metadata(out.folder / INDEX).num_row_groups == 1
+    assert list(Cache(out.folder).left_out) == ids
 
 
 def test_what_was_written_is_read_in_any_order(whole: Path) -> None:

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from fusion import cluster, tracking
-from fusion.artifact import MANIFEST, Journal, damage, verify
+from fusion.artifact import MANIFEST, Journal, verify
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
 Refused = Callable[..., str]
@@ -97,10 +97,8 @@ def check_left_behind(run: Path) -> None:
             verify(folder)
         else:
             kept = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-            whole = Journal.read(folder)
-            assert {name for name in kept if not name.startswith("work/")} == whole.keys() - damage(
-                folder, whole
-            ).keys()
+            kept = {name for name in kept if not name.startswith("work/")}
+            assert kept == Journal.whole(folder, kept)
 
 
 def finished(run: Path) -> list[str]:

@@ -179,6 +179,40 @@ def test_a_damaged_given_cache_is_refused(given: Callable[..., Config], damage: 
     assert (shard.read_bytes() if shard.exists() else None) == content, "another run's folder is its own"
 
 
+def test_a_given_cache_without_manifest_is_captured_here(given: Callable[..., Config]) -> None:
+    config = given()
+    (Path(str(config.sources[0].cache)) / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="manifest.json: is damaged"):
+        pipeline.run(config, CAPTURED)
+    pipeline.run(config, CAPTURED, repair=True)
+    assert captured(config) == ["a", "pivot"]
+
+
+def test_the_pivots_cache_is_looked_at_too(tmp_path: Path, tree: dict[str, Any], config: Config) -> None:
+    there = tmp_path / "there"
+    there.mkdir()
+    pivot = {**tree["pivot"], "cache": str(folder_of(config, "capture/a"))}
+    with pytest.raises(ValueError, match="pivot: the cache .* is another model or revision"):
+        pipeline.run(tiny.load(there, {**tree, "out": str(there / "run"), "pivot": pivot}), CAPTURED)
+
+
+def test_a_cache_of_another_template_is_refused(given: Callable[..., Config]) -> None:
+    config = given()
+    config = replace(config, sources=(replace(config.sources[0], template="plain"),))
+    with pytest.raises(ValueError, match="was captured with another chat template"):
+        pipeline.run(config, CAPTURED)
+
+
+def test_a_damaged_manifest_costs_no_shard(config: Config) -> None:
+    cache = folder_of(config, "capture/a")
+    before = {path.name: path.stat().st_ino for path in cache.glob("shard-*.parquet")}
+    (cache / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="manifest.json: is damaged"):
+        pipeline.run(config, CAPTURED)
+    pipeline.run(config, CAPTURED, repair=True)
+    assert {path.name: path.stat().st_ino for path in cache.glob("shard-*.parquet")} == before
+
+
 # What may be left out
 
 

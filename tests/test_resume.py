@@ -181,6 +181,17 @@ def test_weights_spread_over_ranks_say_the_same(
         assert (a.ids == b.ids).all() and np.abs(a.logp - b.logp).max() < 5e-3
 
 
+def test_a_rank_that_cannot_go_on_stops_the_others(
+    tmp_path: Path, prepared: Path, tiny_llama: Any, byte_level_tokenizer: Any
+) -> None:
+    long = Corpus(prepared, "train").group(0)[0]
+    most = len(byte_level_tokenizer.encode(str(long.text))) + 1
+    source = tiny_llama(tmp_path / "m", byte_level_tokenizer, max_position_embeddings=most)
+    out = artifact(tmp_path, "capture", "a")
+    assert join(start(2, capture(out, configured(source), source, prepared))) == [1, 1]
+    assert len(content(out)) < Corpus(prepared, "train").groups // 2
+
+
 def test_a_full_disk_loses_nothing(tmp_path: Path, source: Path, prepared: Path, undisturbed: dict[str, bytes]) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -61,7 +61,7 @@ def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
         path,
         schema,
         compression={name: "zstd" if name in _COMPRESSED else "none" for name in schema.names},
-        compression_level={name: 3 for name in schema.names if name in _COMPRESSED},
+        compression_level={name: 1 for name in schema.names if name in _COMPRESSED},
         use_dictionary=False,
         write_statistics=False,
         write_page_checksum=True,
@@ -103,6 +103,7 @@ def read_vocabulary(path: Path) -> np.ndarray:
 def write_index(folder: Path, names: Iterable[str]) -> None:
     """Write where each sample stands, so that a cache of millions opens without a look at its shards."""
     schema = pa.schema([("id", pa.string()), ("left_out", pa.string()), *((n, pa.int32()) for n in _PLACE)])
+    waiting: list[pa.Table] = []
     with atomic(folder / INDEX) as part, _writer(part, schema) as writer:
         for shard, name in enumerate(names):
             with _opened(folder / name) as file:
@@ -111,10 +112,16 @@ def write_index(folder: Path, names: Iterable[str]) -> None:
                     rows = np.arange(part_of.num_rows)
                     where = [np.full(len(rows), shard), np.full(len(rows), group), rows]
                     columns = [*part_of.columns, *(pa.array(w, pa.int32()) for w in where)]
-                    writer.write_table(pa.table(columns, schema))
+                    waiting.append(pa.table(columns, schema))
+            if sum(len(table) for table in waiting) >= _INDEXED:  # many rows a group: a reader takes time for each
+                writer.write_table(pa.concat_tables(waiting).combine_chunks())
+                waiting = []
+        if waiting:
+            writer.write_table(pa.concat_tables(waiting).combine_chunks())
 
 
 _PLACE = ("shard", "group", "row")
+_INDEXED = 1 << 16
 
 
 def _opened(path: Path) -> pq.ParquetFile:
@@ -150,6 +157,19 @@ def shard_facts(path: Path) -> dict[str, Any]:
         return {**json.loads(told), "rows": file.metadata.num_rows}
 
 
+def intact(path: Path) -> bool:
+    """Whether a file is a shard whose every page has its checksum."""
+    try:
+        if not shard_facts(path)["rows"]:
+            return False
+        with _opened(path) as file:
+            for group in range(file.num_row_groups):
+                _read(path, file, group)
+    except (ValueError, KeyError):
+        return False
+    return True
+
+
 class Cache:
     """A finished cache, read at random by sample id.
 
@@ -166,9 +186,9 @@ class Cache:
     def __init__(self, folder: Path, tokenizer: str | None = None, name: str = "source"):
         manifest = read_manifest(folder)
         self.facts: dict[str, Any] = manifest["facts"]
-        if "tokenizer" not in self.facts or "shards" not in self.facts:
+        if not {"tokenizer", "shards"} <= self.facts.keys():
             raise ValueError(f"{name}: {folder} is not a cache; give the folder of a capture stage")
-        if self.facts.get("cache format") != FORMAT:
+        if self.facts.get("cache format") != FORMAT or not {"sampler", "temperature", "config"} <= self.facts.keys():
             raise ValueError(f"{name}: the cache {folder} has another format than {FORMAT}; capture it again")
         if tokenizer is not None and self.facts["tokenizer"] != tokenizer:
             made_by = self.facts.get("model", "another model")
@@ -190,7 +210,8 @@ class Cache:
                 [_read(folder / INDEX, file, n) for n in range(file.num_row_groups)]
                 or [file.schema_arrow.empty_table()]
             )
-        self._ids = np.array([int(id, 16) for id in index["id"].to_pylist()], dtype=np.uint64)
+        chunks = index["id"].chunks  # a batch at a time: as Python's strings ids take ten times the room
+        self._ids = np.array([int(id.as_py(), 16) for chunk in chunks for id in chunk], dtype=np.uint64)
         self._order = np.argsort(self._ids, kind="stable")
         self._sorted = self._ids[self._order]
         self._where = np.stack([index[name].to_numpy() for name in _PLACE], axis=1)

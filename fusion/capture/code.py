@@ -40,6 +40,8 @@ def get(symbol, bits, at):  # type: ignore[no-untyped-def]  # pragma: no cover -
         return np.int64(symbol), at
     wide = ((symbol - 16) >> 3) + 1
     first, last = at >> 3, (at + wide - 1) >> 3
+    if last >= len(bits):
+        raise IndexError
     window = np.int64(0)
     for n in range(last, first - 1, -1):  # a byte at a time: as many as the bits lie in
         window = (window << 8) | bits[n]
@@ -147,7 +149,7 @@ def get_rows(order, sizes, symbols, heads, bits, at):  # type: ignore[no-untyped
         symbols, heads: the streams one after the other, and where the next symbol of each stands; `heads` is moved on.
 
     Raises:
-        IndexError: a rank is beyond the vocabulary.
+        IndexError: a rank is beyond the vocabulary, or a stream ends too soon.
     """
     ids, more = np.empty(sizes.sum(), dtype=np.int32), np.empty(sizes.sum(), dtype=np.uint8)
     n = 0
@@ -155,6 +157,8 @@ def get_rows(order, sizes, symbols, heads, bits, at):  # type: ignore[no-untyped
         rank = np.int64(-1)
         for _ in range(sizes[t]):
             stream = stream_of(rank)
+            if heads[stream] >= len(symbols):
+                raise IndexError
             symbol = symbols[heads[stream]]
             heads[stream] += 1
             step, more[n] = np.int64(0), symbol >> 7
@@ -162,6 +166,8 @@ def get_rows(order, sizes, symbols, heads, bits, at):  # type: ignore[no-untyped
             if symbol != FAR_SYMBOL:
                 step, at = get(symbol, bits, at)
             else:
+                if at + 32 > 8 * len(bits):
+                    raise IndexError
                 for b in range(32):
                     step |= np.int64((bits[(at + b) >> 3] >> ((at + b) & 7)) & 1) << b
                 at += 32
@@ -197,6 +203,8 @@ def put_counts(values, bits, at):  # type: ignore[no-untyped-def]  # pragma: no 
 @compiled
 def get_counts(packed, size, bits, at):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     """The first `size` numbers that `put_counts` wrote, and where the bits end."""
+    if len(packed) != (size + 1) // 2:
+        raise IndexError
     values = np.empty(size, dtype=np.int64)
     for n in range(size):
         half = (packed[n >> 1] >> (4 * (n & 1))) & 15
@@ -205,6 +213,8 @@ def get_counts(packed, size, bits, at):  # type: ignore[no-untyped-def]  # pragm
             values[n], wide = 40, 20
         elif half >= 12:
             values[n], wide = (12, 16, 24)[half - 12], half - 10
+        if at + wide > 8 * len(bits):
+            raise IndexError
         for b in range(wide):
             values[n] += np.int64((bits[(at + b) >> 3] >> ((at + b) & 7)) & 1) << b
         at += wide

@@ -103,12 +103,16 @@ class Coder:
             n[name], at = code.get_all(row[name], row["bits"], at)
         for name in ("head", "drawn"):
             n[name] = n[name] if len(n[name]) else np.zeros(len(n["tokens"]), np.int64)
+        _check(row, n, at)
         tokens, logp = self.order[n["tokens"]], _plain(n["logp"], code.PER_POSITION)
         left = np.exp(_plain(n["left"], code.PER_POSITION)) if len(n["left"]) else -np.expm1(logp)
         symbols = np.concatenate([row[name] for name in _IDS])
-        heads = np.cumsum([0, *(len(row[name]) for name in _IDS[:-1])])
+        ends = np.cumsum([0, *(len(row[name]) for name in _IDS)])
+        heads = ends[:-1].copy()
         head, _, at = code.get_rows(self.order, n["head"], symbols, heads, row["id_bits"], 0)
         drawn, more, at = code.get_rows(self.order, n["drawn"], symbols, heads, row["id_bits"], at)
+        if not np.array_equal(heads, ends[1:]):
+            raise IndexError("streams of ids end too soon or too late")
         counts = 1 + more.astype(np.int64)
         counts[more > 0] += code.get_counts(row["counts"], int(more.sum()), row["id_bits"], at)[0]
         weights = counts.astype(np.float64)
@@ -134,6 +138,18 @@ def _coded(logp: np.ndarray, unit: int, most: int) -> np.ndarray:
 
 def _plain(coded: np.ndarray, unit: int) -> np.ndarray:
     return -np.square(coded.astype(np.float64) / unit)
+
+
+def _check(row: Mapping[str, Any], n: Mapping[str, np.ndarray], bits: int) -> None:
+    """Streams of a row fit each other: compiled code does not look."""
+    positions, heads, draws = len(n["tokens"]), int(n["head"].sum()), int(n["drawn"].sum())
+    sizes = [len(n[name]) for name in ("ends", "logp", "head", "drawn")]
+    fits = sizes == [positions] * 4 and len(n["left"]) in (0, positions) and bits <= 8 * len(row["bits"])
+    fits &= int(n["carries"][1::2].sum()) == positions and len(n["carries"]) % 2 == 0
+    fits &= len(row["head_logp"]) == heads and len(row["drawn_logp"]) in (0, draws)
+    fits &= sum(len(row[name]) for name in _IDS) == heads + draws
+    if not fits:
+        raise IndexError("columns do not fit each other")
 
 
 def _runs(values: np.ndarray) -> np.ndarray:

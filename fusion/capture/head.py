@@ -15,6 +15,7 @@ class Halves:
     """Body and head of a model.
 
     Attributes:
+        width: ids that logits are given for.
         split: False where head and body could not be told apart; then `all_logits` alone is to be called.
     """
 
@@ -25,6 +26,7 @@ class Halves:
         ids = torch.arange(6, device=next(model.parameters()).device)[None] % 4
         with torch.inference_mode():
             wanted = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+            self.width = int(wanted.shape[-1])
             self._body = _body_of(model, ids)
             self.split = self._body is not None and self._agrees(ids, wanted)
 

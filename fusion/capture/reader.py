@@ -80,8 +80,7 @@ class Reader:
                 "they are not a pair"
             )
         self._halves = Halves(model)
-        head = model.get_output_embeddings()
-        self.width = int(getattr(head.weight, "ds_shape", head.weight.shape)[0]) if head is not None else rows
+        self.width = self._halves.width
 
     def close(self) -> None:
         """Let go of the weights."""
@@ -112,7 +111,6 @@ class Reader:
         for numbers in by_length(fits, [len(rendered[n].ids) for n in fits], self.settings.batch_tokens):
             yield Batch(numbers, [samples[n] for n in numbers], [rendered[n] for n in numbers])
 
-    @torch.inference_mode()
     def read(self, batch: Batch | None) -> tuple[list[Said], dict[str, str]]:
         """What the source says of a batch, and which samples of it are left out, by id, and why.
 
@@ -120,8 +118,19 @@ class Reader:
             batch: None to take part in what the other ranks read.
 
         Raises:
-            ValueError: logits are not finite and the config does not say `on_nonfinite: skip`.
+            ValueError: logits are not finite and the config does not say `on_nonfinite: skip`; or the device has too
+                little memory.
         """
+        try:
+            return self._read(batch)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"{self.source.name}: the device has too little memory ({' '.join(str(error).split())[:80]}); lower "
+                "capture.batch_tokens, or set `parallel: zero3` for this source"
+            ) from None
+
+    @torch.inference_mode()
+    def _read(self, batch: Batch | None) -> tuple[list[Said], dict[str, str]]:
         rendered = batch.rendered if batch else [_NOTHING]
         at = [np.flatnonzero(r.carries) for r in rendered]
         following = torch.from_numpy(np.concatenate([r.ids[a + 1] for r, a in zip(rendered, at, strict=True)]))

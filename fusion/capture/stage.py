@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from fusion import cluster, tracking
-from fusion.artifact import Artifact, Journal, damage, file_digest, read_manifest, sweep
+from fusion import cluster, hub, tracking
+from fusion.artifact import Artifact, Journal, file_digest, read_manifest, sweep
 from fusion.capture.cache import (
     FORMAT,
     VOCABULARY,
     Cache,
+    intact,
     read_vocabulary,
     shard_facts,
     shard_name,
@@ -45,9 +47,9 @@ def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, 
     source = next(m for m in (config.pivot, *config.sources) if m.name == out.subject)
     corpus = Corpus(inputs["prepare"], "train")
     reader = Reader(source, inputs["model"], config.capture)
-    whole = cluster.on_main(lambda: _begin(out.folder))
+    claims = cluster.on_main(lambda: _begin(out.folder))
     files = [VOCABULARY, *(shard_name(n) for n in range(corpus.groups))]
-    broken = {name for part in cluster.together(lambda: _broken(out, files, whole)) for name in part}
+    broken = {name for part in cluster.together(lambda: _broken(out, files)) for name in part}
     missing: list[int] = []
     about = {"key": out.key, "source": source.name, "model": source.model, "tokenizer": reader.renderer.table.digest}
     start = time.monotonic()
@@ -62,7 +64,7 @@ def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, 
             others = cluster.on_main(lambda: _of_another_order(out.folder, set(files[1:]) - broken, told))
             missing = [n for n in range(corpus.groups) if shard_name(n) in broken | others]
             work = _Work(out.folder, reader, Coder(order, reader.temperature), corpus, journal, told)
-            cluster.together(lambda: work.capture(missing))
+            cluster.together(lambda: work.capture(missing, claims))
         finally:
             reader.close()
     seconds = time.monotonic() - start
@@ -113,11 +115,17 @@ def admit(config: Config, source: Model, folder: Path, weights: str | None, prep
         ValueError: it is another model's, or lacks samples of this run.
     """
     cache = Cache(Path(str(source.cache)), None, source.name)
-    other = weights is not None and read_manifest(Path(str(source.cache)))["inputs"].get("model") != weights
+    manifest = {"inputs": {}, "settings": {}, **read_manifest(Path(str(source.cache)))}
+    other = weights is not None and manifest["inputs"].get("model") != weights
     if other or cache.facts["config"] != file_digest(folder / "config.json"):
         raise ValueError(
             f"{source.name}: the cache {source.cache} was made by {cache.facts['model']}, and {source.model} is "
             "another model or revision"
+        )
+    template = manifest["settings"].get("template")
+    if template != hub.template_of(source):
+        raise ValueError(
+            f"{source.name}: the cache {source.cache} was captured with another chat template ({str(template)[:40]!r})"
         )
     settings = config.capture
     allowed = {TOO_LONG: settings.too_long == "skip", NOT_FINITE: settings.on_nonfinite == "skip"}
@@ -130,21 +138,24 @@ def admit(config: Config, source: Model, folder: Path, weights: str | None, prep
         )
 
 
-def _begin(folder: Path) -> dict[str, dict[str, Any]]:
-    """Clear away what a killed run left, and tell what it had finished."""
+def _begin(folder: Path) -> Path:
+    """Clear away what a killed run left; a folder for the claims of this one, which no claim of an older run is in."""
     sweep(folder)
-    shutil.rmtree(folder / "work" / "claims", ignore_errors=True)
-    return Journal.read(folder)
+    for old in folder.glob("work/claims-*"):
+        shutil.rmtree(old, ignore_errors=True)
+    return folder / "work" / f"claims-{uuid.uuid4().hex[:12]}"
 
 
-def _broken(out: Artifact, files: list[str], whole: Mapping[str, Mapping[str, Any]]) -> set[str]:
+def _broken(out: Artifact, files: list[str]) -> set[str]:
     """This rank's share of the files: those that are not finished, or not as they were when they were finished."""
     mine = cluster.share(files)
-    broken = {name for name in mine if name not in whole} | set(
-        damage(out.folder, {name: whole[name] for name in mine if name in whole})
-    )
-    shards = set(mine) - broken - {VOCABULARY}
-    return broken | {name for name in shards if shard_facts(out.folder / name).get("key") != out.key}
+    noted = Journal.read(out.folder)
+    whole = Journal.whole(out.folder, mine)
+    # a shard that nobody wrote down (it was killed before, or the manifest was lost) vouches for itself
+    lost = [name for name in mine if name not in noted and name != VOCABULARY]
+    whole |= {name for name in lost if intact(out.folder / name)}
+    shards = whole - {VOCABULARY}
+    return set(mine) - whole | {name for name in shards if shard_facts(out.folder / name).get("key") != out.key}
 
 
 def _write_order(folder: Path, reader: Reader, corpus: Corpus, journal: Journal) -> None:
@@ -169,6 +180,7 @@ class _Shard:
     samples: list[Sample]
     left: int = 0  # batches still to be read
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    nats: dict[str, float] = field(default_factory=dict)  # of each sample: added up in one order, whatever the batches
     facts: dict[str, Any] = field(default_factory=lambda: {**_NO_FACTS})
 
 
@@ -188,16 +200,19 @@ class _Work:
         self._corpus, self._journal = corpus, journal
         self._about = {**about, "sampler": reader.settings.sampler, "temperature": reader.temperature}
 
-    def capture(self, missing: list[int]) -> None:
+    def capture(self, missing: list[int], claims: Path) -> None:
         """Read and write the shards that this rank claims."""
         name, total = self._reader.source.name, -(-len(missing) // cluster.world())
-        claimed = cluster.claims(missing, self._folder / "work" / "claims")
-        steps = self._steps(tracking.progress(claimed, f"capture {name}", total))
+        steps = self._steps(tracking.progress(cluster.claims(missing, claims), f"capture {name}", total))
         if self._reader.spread:
             cluster.in_step(steps, self._step)
-        else:
+            return
+        try:
             for step in steps:
                 self._step(step)
+        except (ValueError, OSError):
+            cluster.close_claims(claims)  # the others end with what they are at, and all hear of it
+            raise
 
     def _steps(self, numbers: Iterator[int]) -> Iterator[tuple[_Shard, Batch]]:
         for n in numbers:
@@ -224,13 +239,14 @@ class _Work:
             shard.facts["samples"] += 1
             shard.facts["tokens"] += len(content)
             shard.facts["content_bytes"] += one.heard.content_bytes
-            shard.facts["nats"] -= float(one.heard.logp[content].sum(dtype=np.float64))
+            shard.nats[one.id] = -float(one.heard.logp[content].sum(dtype=np.float64))
         shard.left -= 1
         if not shard.left:
             self._write(shard)
 
     def _write(self, shard: _Shard) -> None:
         path = self._folder / shard_name(shard.number)
+        shard.facts["nats"] = sum(shard.nats.get(sample.id, 0.0) for sample in shard.samples)
         shard.facts["left out"] = len(shard.rows) - shard.facts["samples"]
         write_shard(path, [shard.rows[s.id] for s in shard.samples], {**self._about, "facts": shard.facts})
         self._journal.add(path)
