@@ -1,5 +1,6 @@
 """Rows of any dataset → samples: read, checked, cut to size, told apart by the hash of their content."""
 
+import hashlib
 import itertools
 import json
 import math
@@ -172,8 +173,10 @@ def _cut_text(text: str, max_bytes: int) -> Iterator[str]:
 
 
 def fraction(id: str, salt: int) -> float:
-    """A number in [0, 1) that depends on the id alone; salts 0 and 1 are independent of each other."""
-    return int(id[8 * salt : 8 * salt + 8], 16) / 2**32
+    """A number in [0, 1) that depends on the id alone; those of several salts are independent of each other."""
+    # an id's own digits are enough for salts 0 and 1
+    digits = id[8 * salt : 8 * salt + 8] or hashlib.sha256(f"{salt} {id}".encode()).hexdigest()[:8]
+    return int(digits, 16) / 2**32
 
 
 def matches(row: dict, where: dict[str, str]) -> bool:

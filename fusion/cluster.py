@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -193,6 +193,38 @@ def partitioned(load: Callable[[], Any], dtype: str) -> Iterator[Any]:
         engine.destroy()
     finally:
         del held
+
+
+def make_universal(checkpoint: Path) -> None:
+    """Write beside a DeepSpeed checkpoint what any number of ranks can load. One rank calls it; done once, it is kept.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    from argparse import Namespace
+
+    from deepspeed.checkpoint import ds_to_universal
+
+    if (checkpoint / "latest_universal").exists():
+        return
+    tag = (checkpoint / "latest").read_text().strip()
+    asked = Namespace(
+        input_folder=str(checkpoint / tag),
+        output_folder=str(checkpoint / f"{tag}_universal"),
+        num_extract_workers=1,  # in this process: it is part of a group, and must not be forked
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,  # transformers' models do not say how they were divided
+    )
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        try:
+            ds_to_universal.main(asked)
+        except (AssertionError, KeyError, RuntimeError, ValueError, OSError) as error:
+            why = " ".join(str(error).split())[:160]
+            raise ValueError(
+                f"{checkpoint}: cannot be divided anew ({why}); go on with as many ranks as before"
+            ) from None
 
 
 def broadcast(value: T) -> T:

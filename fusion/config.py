@@ -60,6 +60,9 @@ class Prepare:
     heldout_share: Annotated[float, Field(ge=0, lt=1)] = 0.05  # by hash of the content; 0 where a dataset is held out
     train_share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the rest, by hash too
     heldout_limit: Positive = 1000  # samples a domain to measure on
+    # of what would be trained on, by hash; evaluated on while targets train
+    validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    validation_limit: Positive = 64  # samples a domain; what is over it is trained on
 
 
 SAMPLERS = {  # the settings that each sampler asks
@@ -102,16 +105,46 @@ class Align:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class Lora:
+    """Low-rank updates in place of all weights (Hu et al. 2106.09685); merged into the target's weights at the end."""
+
+    rank: Positive = 16
+    alpha: Positive = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    modules: tuple[str, ...] | str = "all-linear"  # or a list of names; the output head is never among them
+
+    def __post_init__(self) -> None:
+        if self.modules != "all-linear" and (isinstance(self.modules, str) or not self.modules):
+            shown = repr(self.modules) if self.modules else "[]"
+            raise ValueError(f"distill.lora.modules: {shown} will not do: set all-linear, or a list of modules' names")
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Distill:
     """Targets from the pivot."""
 
     topology: Literal["pairwise", "joint"] = "pairwise"
-    gate: Literal["min_ce", "all", "none"] = "min_ce"
+    # who teaches, by cross-entropy in bits per byte: the best source, all by softmax(-bits / gate_temperature), all
+    # alike, or as `weights` says
+    gate: Literal["min_ce", "avg_ce", "all", "fixed", "none"] = "min_ce"
+    gate_level: Literal["sample", "segment", "token"] = "sample"  # what is costed and taught by itself
+    gate_temperature: Annotated[float, Field(gt=0)] = 1.0
+    weights: dict[str, Annotated[float, Field(ge=0)]] = field(default_factory=dict)  # of gate: fixed
     # where the pivot is better than every source on a sample: it teaches (FuseLLM), labels alone do (gate), or the gate
     # does not ask it (absent)
     pivot: Literal["teach", "gate", "absent"] = "gate"
     label_weight: Share = 0.5  # lambda
+    # over the training: constant, linear or cosine to label_weight_end, or 1 - (1 - lambda) times the share that
+    # softmax(-bits / gate_temperature) over all that the gate asks gives to those who teach
+    label_schedule: Literal["constant", "linear", "cosine", "confidence"] = "constant"
+    label_weight_end: Share | None = None
+    divergence: Literal["cross_entropy", "forward_kl", "reverse_kl", "jsd"] = "cross_entropy"
+    beta: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of jsd: the teacher's share
     missing_mass: Literal["ghost", "drop", "renormalise"] = "ghost"
+    teacher_temperature: Annotated[float, Field(gt=0)] = 1.0
+    student_temperature: Annotated[float, Field(gt=0)] = 1.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    average: Literal["tokens", "samples"] = "tokens"  # what weighs alike in a step
     k: Positive = 64  # entries of the projected distribution that are kept
     control: bool = True  # one more target from labels alone, for the report
     epochs: Annotated[float, Field(gt=0)] = 1.0
@@ -120,12 +153,41 @@ class Distill:
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     batch_size: Positive = 16  # samples a step, all ranks together
     per_rank: Positive = 8  # samples a rank reads at once; the rest of a step is accumulated
+    # several samples in a row that do not see each other: where the model can (auto), in rows as long as the longest
+    # sample (rows), or all in one (flat, for flash attention)
+    packing: Literal["auto", "none", "rows", "flat"] = "auto"
+    workers: Annotated[int, Field(ge=0)] = 1  # processes a rank that build batches
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # bfloat16 keeps float32 master weights
+    lora: Lora | None = None
     gradient_checkpointing: bool = False
+    evaluations: Annotated[int, Field(ge=0)] = 4  # on the validation samples, in the course of a training
+    keep: Literal["best", "last"] = "best"  # the weights of the best evaluation, or those at the end
     save_steps: Positive = 500
     deepspeed: str = "configs/deepspeed/zero2.json"
     too_long: Literal["refuse", "skip"] = "refuse"
+
+    def __post_init__(self) -> None:
+        if self.divergence in ("reverse_kl", "jsd") and self.missing_mass == "drop":
+            raise ValueError(
+                f"distill.missing_mass: drop will not do with divergence {self.divergence}: the student would do best "
+                "to leave the entries; set ghost or renormalise"
+            )
+        scheduled = self.label_schedule in ("linear", "cosine")
+        if scheduled and self.label_weight_end is None:
+            raise ValueError(f"distill.label_weight_end: missing; label_schedule {self.label_schedule} goes there")
+        if not scheduled and self.label_weight_end is not None:
+            raise ValueError(
+                f"distill.label_weight_end: {self.label_weight_end} will not do: label_schedule {self.label_schedule} "
+                "does not ask it; leave it away, or set linear or cosine"
+            )
+        if (self.gate == "fixed") != bool(self.weights):
+            why = "missing; gate fixed asks it: name: weight" if not self.weights else "will not do without gate: fixed"
+            raise ValueError(f"distill.weights: {dict(self.weights) or ''}{' ' if self.weights else ''}{why}")
+        if self.weights and not any(self.weights.values()):
+            raise ValueError(
+                f"distill.weights: {dict(self.weights)} will not do: nobody would teach; give one a weight above 0"
+            )
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -186,6 +248,24 @@ class Config:
         for name in names:
             if name in ("pivot", "control", "fused") or names.count(name) > 1:
                 raise ValueError(f"sources: the name {name!r} is taken; give each source a `name` of its own")
+        known = [*names, *(["pivot"] if self.distill.pivot == "teach" else [])]
+        for name in self.distill.weights:
+            if name not in known:
+                raise ValueError(f"distill.weights: {name!r} teaches nobody; known here: {', '.join(known)}")
+        silent = [name for name in names if self.distill.gate == "fixed" and not self.distill.weights.get(name)]
+        if silent and self.distill.topology == "pairwise":
+            raise ValueError(
+                f"distill.weights: {silent[0]} has none, and a target of its own that would learn from labels alone; "
+                "give it one, leave the source away, or set distill.topology: joint"
+            )
+        drawn = self.capture.sampler not in ("top_k", "nucleus")
+        teach = [*self.sources, *([self.pivot] if self.distill.pivot == "teach" else [])]
+        if self.distill.divergence in ("reverse_kl", "jsd") and drawn and any(m.cache is None for m in teach):
+            raise ValueError(
+                f"distill.divergence: {self.distill.divergence} will not do with capture.sampler "
+                f"{self.capture.sampler}: draws are right on average only in what is linear in them; "
+                "set sampler top_k or nucleus"
+            )
 
     @property
     def folder(self) -> Path:
@@ -292,7 +372,7 @@ def _explain(error: ValidationError, tree: dict) -> str:
     """The first mistake in one line."""
     mistake = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in mistake["loc"] if not str(part).startswith("function-"))
-    where = re.sub(r"\.(float|int|bool|str|list\[float\])$", "", where)
+    where = re.sub(r"\.(float|int|bool|str|list\[float\])$|\.tuple\[str, \.\.\.\]", "", where)
     value = _shown(mistake.get("input"))
     more = (
         f" (and {error.error_count() - 1} more)"

@@ -32,7 +32,7 @@ def write_samples(path: Path, samples: Sequence[Sample], size: int | None = None
 
 
 class Corpus:
-    """The samples of one part (`train` or `heldout`) of a prepared folder."""
+    """The samples of one part (`train`, `validation` or `heldout`) of a prepared folder."""
 
     def __init__(self, folder: Path, part: str):
         import pyarrow.parquet as pq

@@ -16,10 +16,10 @@ from fusion.config import SAMPLERS, Config, Model
 
 # stage → its module, and the number of its format: raised when the same settings no longer give the same bytes
 STAGES = {
-    "prepare": ("data_prep.stage", 1),
+    "prepare": ("data_prep.stage", 2),
     "capture": ("fusion.capture.stage", 3),
     "align": ("fusion.align.stage", 2),
-    "distill": ("fusion.distill.stage", 2),
+    "distill": ("fusion.distill.stage", 3),
     "merge": ("fusion.merge.stage", 1),
     "release": ("fusion.release.stage", 1),
 }
@@ -32,8 +32,14 @@ _IDLE = {
     "gradient_checkpointing",
     "batch_tokens",
     "data",
+    "packing",
+    "workers",
 }
-_OF_TEACHERS = {"gate", "pivot", "missing_mass", "k", "label_weight", "topology"}
+_OF_TEACHERS = {
+    *("gate", "gate_level", "gate_temperature", "weights", "pivot", "topology", "k"),
+    *("label_weight", "label_schedule", "label_weight_end"),
+    *("divergence", "beta", "missing_mass", "teacher_temperature", "student_temperature"),
+}
 
 
 @dataclass(frozen=True)
@@ -53,13 +59,20 @@ class Found:
     data: Sequence[str]
 
 
-def run(config: Config, only: Sequence[str] = (), start: str | None = None, repair: bool = False) -> None:
+def run(
+    config: Config,
+    only: Sequence[str] = (),
+    start: str | None = None,
+    repair: bool = False,
+    targets: Sequence[str] = (),
+) -> None:
     """Do all stages that are not done, or only some, on every rank.
 
     Args:
         only: stages to do; what they read must be finished.
         start: the first stage to do; what comes before must be finished.
         repair: look through all that was finished before, and make what is missing or damaged again.
+        targets: of the stage distill, those to train; others are left alone.
 
     Raises:
         ValueError: anything that the user can mend, in one line.
@@ -68,6 +81,10 @@ def run(config: Config, only: Sequence[str] = (), start: str | None = None, repa
         config = cluster.on_main(lambda: _readable(config))
     found = cluster.on_main(lambda: find(config))
     tasks = cluster.on_main(lambda: plan(config, found))
+    trained = [task.out.subject for task in tasks if task.out.stage == "distill"]
+    for name in targets:
+        if name not in trained:
+            raise ValueError(f"--target {name}: there is no such target; known here: {', '.join(trained)}")
     wanted = [
         s
         for s in STAGES
@@ -86,6 +103,8 @@ def run(config: Config, only: Sequence[str] = (), start: str | None = None, repa
         config = cluster.on_main(lambda: _admitted(config, found, tasks[0].out, repair, checked))
         tasks = cluster.on_main(lambda: plan(config, find(config)))
     for task in tasks:
+        if targets and task.out.stage == "distill" and task.out.subject not in targets:
+            continue
         if cluster.on_main(task.out.done):
             if hasattr(stage(task.out.stage), "accept"):
                 cluster.on_main(partial(stage(task.out.stage).accept, config, task.out))

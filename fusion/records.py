@@ -115,6 +115,14 @@ class Sparse:
         ids = np.concatenate([np.zeros(0, dtype=np.int32), *(part.ids for part in parts)])
         return Sparse(offsets, ids, np.concatenate([np.zeros(0, dtype=np.float32), *(part.probs for part in parts)]))
 
+    def rows(self, wanted: np.ndarray) -> "Sparse":
+        """Some of the rows, by a mask (n,)."""
+        if wanted.all():
+            return self
+        counts = np.diff(self.offsets)
+        entries = np.repeat(wanted, counts)
+        return Sparse(np.append(0, np.cumsum(counts[wanted])), self.ids[entries], self.probs[entries])
+
     def mass(self) -> np.ndarray:
         """float32 (n,), the probability that each row keeps."""
         return np.add.reduceat(np.append(self.probs, np.float32(0)), self.offsets[:-1]) * (np.diff(self.offsets) > 0)

@@ -148,7 +148,11 @@ def _train_bytes(config: Config, dataset: Dataset) -> float | None:
     else:
         return None
     heldout = 0 if any(d.heldout for d in config.prepare.data) else config.prepare.heldout_share
-    return size * config.prepare.train_share * (1 - heldout)
+    size *= config.prepare.train_share * (1 - heldout)
+    # as though it were one domain
+    return size - min(
+        size * config.prepare.validation_share, config.prepare.validation_limit * config.prepare.max_bytes
+    )
 
 
 def _trial(config: Config, model: Model, samples: Sequence[Sample]) -> Any:

@@ -18,6 +18,7 @@ _EXAMPLE = """examples:
   deepspeed --num_gpus 8 launch/fuse.py --config configs/fusechat-7b.yaml
   python launch/fuse.py --config configs/demo.yaml --set distill.epochs=4 --set seed=1
   python launch/fuse.py --config configs/fusellm-7b.yaml --plan
+  deepspeed --hostfile group-a launch/fuse.py --config configs/fusechat-7b.yaml --target mixtral
 """
 
 
@@ -25,7 +26,8 @@ def main() -> int:
     """Read the command line, run; 0 when all went well, 2 for what the user can mend."""
     arguments = _parse()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    lock, config = None, None
+    locks: list[IO[str]] = []
+    config = None
     try:
         from fusion import config as configs
 
@@ -36,7 +38,7 @@ def main() -> int:
             _quieten()
             costs.show(config, calibrate=not arguments.no_calibrate)
             return 0
-        lock = _lock(config.folder)
+        _lock(config.folder, arguments.target, locks)
         _run(config, arguments)
     except (ValueError, OSError) as error:
         return _fail(error)
@@ -48,7 +50,7 @@ def main() -> int:
             raise
         return _fail(OSError(errno.ENOSPC, str(error), str(config.folder)))
     finally:
-        if lock is not None:
+        for lock in locks:
             lock.close()
     return 0
 
@@ -69,6 +71,13 @@ def _parse() -> argparse.Namespace:
         "--from", dest="start", choices=_STAGES, metavar="STAGE", help="begin here; what comes before is finished"
     )
     parser.add_argument(
+        "--target",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="train these targets alone; other launches may train others of the same run at the same time",
+    )
+    parser.add_argument(
         "--repair", action="store_true", help="check all finished work; make again what is missing or damaged"
     )
     parser.add_argument("--plan", action="store_true", help="print stages, sizes and costs; run nothing")
@@ -79,6 +88,10 @@ def _parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.no_calibrate and not arguments.plan:
         parser.error("argument --no-calibrate: goes with --plan alone")
+    if arguments.target and (arguments.start or arguments.repair or arguments.only not in ([], ["distill"])):
+        parser.error("argument --target: goes with the stage distill alone; leave away --only, --from and --repair")
+    if arguments.target:
+        arguments.only = ["distill"]
     return arguments
 
 
@@ -102,25 +115,29 @@ def _run(config: Any, arguments: argparse.Namespace) -> None:
     _quieten()
     cluster.start()
     try:
-        pipeline.run(config, arguments.only, arguments.start, arguments.repair)
+        pipeline.run(config, arguments.only, arguments.start, arguments.repair, arguments.target)
     finally:
         cluster.stop()
 
 
-def _lock(folder: Path) -> IO[str] | None:
-    """Hold the run's folder against a second run; the first rank holds it for all."""
+def _lock(folder: Path, targets: list[str], held: list[IO[str]]) -> None:
+    """Hold the run's folder against a second run; the first rank holds it for all.
+
+    Launches that train some targets each share the folder, and hold their targets.
+    """
     if os.environ.get("RANK", "0") != "0":
-        return None
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / ".lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise ValueError(
-            f"out: another run is writing to {folder}; wait for it, or give this one another `out`"
-        ) from None
-    return lock
+    wanted = [(".lock", fcntl.LOCK_SH if targets else fcntl.LOCK_EX, f"to {folder}")]
+    wanted += [(f".lock-{name.replace('/', '_')}", fcntl.LOCK_EX, f"target {name} in {folder}") for name in targets]
+    for name, how, what in wanted:
+        held.append((folder / name).open("w"))
+        try:
+            fcntl.flock(held[-1], how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"out: another run is writing {what}; wait for it, or give this one another `out`"
+            ) from None
 
 
 def _is_full(folder: Path) -> bool:

@@ -1,15 +1,21 @@
 """What a source says of a sample, made up: by hand, or kept by a sampler of random distributions."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import csr_array
 
+from fusion.align.map import Map
+from fusion.align.projector import Plain
+from fusion.align.spelling import Spelling
+from fusion.align.vocabulary import identity
 from fusion.capture import sample as samplers
 from fusion.capture.coder import Coder, Said
-from fusion.records import Heard, Sparse
+from fusion.records import Heard, Sample, Sparse
+from fusion.tokens.render import Renderer
 
 NO_ENTRIES = Sparse(np.zeros(1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32))
 
@@ -82,3 +88,34 @@ def rows_of(heard: Heard) -> Iterator[tuple[list[int], np.ndarray]]:
     """Ids and probabilities of each position."""
     for a, b in zip(heard.entries.offsets[:-1], heard.entries.offsets[1:], strict=True):
         yield heard.entries.ids[a:b].tolist(), heard.entries.probs[a:b].astype(np.float64)
+
+
+class Held:
+    """What a cache gives back, held in memory: sample id → what was heard."""
+
+    def __init__(self, heard: dict[str, Heard]):
+        self._heard = heard
+
+    def get(self, id: str) -> Heard | None:
+        """As `capture.cache.Cache.get`."""
+        return self._heard.get(id)
+
+
+def invented_sources(renderer: Renderer, samples: Sequence[Sample], count: int = 3) -> dict[str, tuple[Any, Plain]]:
+    """Sources with the target's own tokenizer that say something at random of each sample: name → cache, projector."""
+    size = len(renderer.table)
+    spelling = Spelling.of(renderer.table)
+    eye = Plain(Map(identity(size), csr_array((size, size)), spelling, spelling), size)
+    made: dict[str, tuple[Any, Plain]] = {}
+    for number in range(count):
+        rng, heard = np.random.default_rng(number), {}
+        for sample in samples:
+            r = renderer.render(sample)
+            at = np.flatnonzero(r.carries)
+            ids = np.concatenate([rng.permutation(size)[:6] for _ in at]).astype(np.int32)
+            probs = np.concatenate([rng.dirichlet(np.ones(7))[:6] for _ in at]).astype(np.float32)
+            entries = Sparse(np.arange(len(at) + 1) * 6, ids, probs)
+            logp = -rng.exponential(2, len(at)).astype(np.float32)
+            heard[sample.id] = Heard(r.ids[at + 1], r.boundary[at], r.carries[at], logp, entries, r.content_bytes)
+        made[f"source{number}"] = Held(heard), eye
+    return made

@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 import pytest
 from tiny import ROOT
 
-from fusion.config import Config, Dataset, Model, load
+from fusion.config import Config, Dataset, Lora, Model, load
 
 BASE = """
 name: small
@@ -49,10 +49,24 @@ def refusal(path: Path, *overrides: str) -> str:
         ("capture.k='3'", "capture.k: '3' will not do: input should be a valid integer"),
         ("capture.k=0", "capture.k: 0 will not do: input should be greater than 0"),
         ("distill.label_weight=1.5", "distill.label_weight: 1.5 will not do: input should be less than or equal to 1"),
+        (
+            "distill.label_weight=-0.1",
+            "distill.label_weight: -0.1 will not do: input should be greater than or equal to 0",
+        ),
+        ("distill.beta=1.0", "distill.beta: 1.0 will not do: input should be less than 1"),
+        ("distill.gate_temperature=0", "distill.gate_temperature: 0 will not do: input should be greater than 0"),
+        ("distill.lora={rank: 0}", "distill.lora.rank: 0 will not do: input should be greater than 0"),
+        ("distill.lora={ranks: 3}", "distill.lora.ranks: unknown key; did you mean rank?"),
+        ("distill.lora={dropout: 1.0}", "distill.lora.dropout: 1.0 will not do: input should be less than 1"),
+        ("distill.lora=16", "distill.lora: 16 will not do: input should be an object"),
+        ("distill.lora.modules=[q_proj, 3]", "distill.lora.modules.1: 3 will not do: input should be a valid string"),
         ("distill.learning_rate=.nan", "distill.learning_rate: nan will not do: input should be a finite number"),
         ("distill.epochs=.inf", "distill.epochs: inf will not do: input should be a finite number"),
         ("distill.epochs=many", "distill.epochs: 'many' will not do: input should be a valid number"),
-        ("distill.gate=best", "distill.gate: 'best' will not do: input should be 'min_ce', 'all' or 'none'"),
+        (
+            "distill.gate=best",
+            "distill.gate: 'best' will not do: input should be 'min_ce', 'avg_ce', 'all', 'fixed' or 'none'",
+        ),
         ("distill=", "distill: None will not do: input should be an object"),
         ("pivot=gpt2", "pivot: 'gpt2' will not do: input should be an object"),
         ("pivot.name=a", "pivot.name: 'a' will not do: the pivot is called pivot; leave it away"),
@@ -83,6 +97,110 @@ def test_a_wrong_value_is_one_line(tmp_path: Path, override: str, line: str | No
         load(path, [override])
     else:
         assert refusal(path, override).startswith(line)
+
+
+LEAVE = "the student would do best to leave the entries; set ghost or renormalise"
+UNASKED = "does not ask it; leave it away, or set linear or cosine"
+DRAWS = "draws are right on average only in what is linear in them; set sampler top_k or nucleus"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        # divergences that a teacher's missing mass or its draws would mislead
+        (
+            ["divergence=reverse_kl", "missing_mass=drop"],
+            f"missing_mass: drop will not do with divergence reverse_kl: {LEAVE}",
+        ),
+        (
+            ["divergence=jsd", "missing_mass=drop", "/capture.sampler=top_k"],
+            f"missing_mass: drop will not do with divergence jsd: {LEAVE}",
+        ),
+        (["divergence=jsd"], f"divergence: jsd will not do with capture.sampler random: {DRAWS}"),
+        (
+            ["divergence=reverse_kl", "/capture.sampler=hybrid"],
+            f"divergence: reverse_kl will not do with capture.sampler hybrid: {DRAWS}",
+        ),
+        (
+            ["divergence=jsd", "/sources.0.cache=x"],  # the other one is captured
+            f"divergence: jsd will not do with capture.sampler random: {DRAWS}",
+        ),
+        (
+            ["divergence=jsd", "pivot=teach", "/sources.0.cache=x", "/sources.1.cache=y"],
+            f"divergence: jsd will not do with capture.sampler random: {DRAWS}",
+        ),
+        (["divergence=jsd", "/capture.sampler=top_k"], None),
+        (["divergence=reverse_kl", "/capture.sampler=nucleus", "missing_mass=renormalise"], None),
+        (["divergence=jsd", "/sources.0.cache=x", "/sources.1.cache=y"], None),
+        (["divergence=forward_kl", "missing_mass=drop"], None),
+        # the label's share in the course of a training
+        (["label_schedule=linear"], "label_weight_end: missing; label_schedule linear goes there"),
+        (["label_schedule=cosine"], "label_weight_end: missing; label_schedule cosine goes there"),
+        (
+            ["label_weight_end=0.3"],
+            f"label_weight_end: 0.3 will not do: label_schedule constant {UNASKED}",
+        ),
+        (
+            ["label_weight_end=0.0", "label_schedule=confidence"],
+            f"label_weight_end: 0.0 will not do: label_schedule confidence {UNASKED}",
+        ),
+        (
+            ["label_weight_end=1.5", "label_schedule=linear"],
+            "label_weight_end: 1.5 will not do: input should be less than or equal to 1",
+        ),
+        (["label_weight_end=0.0", "label_schedule=cosine"], None),
+        (["label_schedule=confidence"], None),
+        # weights as told
+        (["gate=fixed"], "weights: missing; gate fixed asks it: name: weight"),
+        (["weights={a: 1.5}"], "weights: {'a': 1.5} will not do without gate: fixed"),
+        (["weights={a: 1, b: 2}", "gate=all"], "weights: {'a': 1.0, 'b': 2.0} will not do without gate: fixed"),
+        (["weights={c: 1}", "gate=fixed"], "weights: 'c' teaches nobody; known here: a, b"),
+        (["weights={pivot: 1}", "gate=fixed"], "weights: 'pivot' teaches nobody; known here: a, b"),
+        (
+            ["weights={b: 1}", "gate=fixed"],
+            "weights: a has none, and a target of its own that would learn from labels alone; give it one, leave the "
+            "source away, or set distill.topology: joint",
+        ),
+        (["weights={b: 1}", "gate=fixed", "topology=joint"], None),
+        (
+            ["weights={a: 0, b: 0}", "gate=fixed"],
+            "weights: {'a': 0.0, 'b': 0.0} will not do: nobody would teach; give one a weight above 0",
+        ),
+        (
+            ["weights={a: -1}", "gate=fixed"],
+            "weights.a: -1 will not do: input should be greater than or equal to 0",
+        ),
+        (["weights={a: .inf}", "gate=fixed"], "weights.a: inf will not do: input should be a finite number"),
+        (["weights={a: 3, pivot: 1, b: 0}", "gate=fixed", "pivot=teach", "topology=joint"], None),
+        # LoRA
+        (["lora.modules=all"], "lora.modules: 'all' will not do: set all-linear, or a list of modules' names"),
+        (["lora.modules=[]"], "lora.modules: [] will not do: set all-linear, or a list of modules' names"),
+        (["lora.modules=[q_proj, v_proj]"], None),
+        (["lora={}"], None),
+    ],
+)
+def test_settings_of_distill_that_do_not_go_together(tmp_path: Path, overrides: list[str], line: str | None) -> None:
+    path = write(tmp_path)
+    given = [o[1:] if o.startswith("/") else f"distill.{o}" for o in overrides]
+    if line is None:
+        load(path, given)
+    else:
+        assert refusal(path, *given) == f"distill.{line}"
+
+
+def test_what_distill_says_arrives(tmp_path: Path) -> None:
+    given = [
+        "gate=fixed",
+        "pivot=teach",
+        "topology=joint",
+        "weights={a: 3, pivot: 1}",
+        "lora={rank: 4, modules: [q_proj]}",
+    ]
+    distill = load(write(tmp_path), [f"distill.{o}" for o in given]).distill
+    assert distill.weights == {"a": 3.0, "pivot": 1.0} and distill.lora == Lora(rank=4, modules=("q_proj",))
+    assert load(write(tmp_path), ["distill.lora={}"]).distill.lora == Lora(16, 32, 0.0, "all-linear")
+    plain = load(write(tmp_path)).distill
+    assert plain.lora is None and plain.weights == {} and plain.label_weight_end is None
 
 
 def leaves(kind: Any, at: str = "") -> list[str]:

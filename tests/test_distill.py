@@ -1,4 +1,4 @@
-"""What a target is taught: the gate, caches read through maps, mixtures, batches; and the entries that are kept."""
+"""What a target is taught: caches read through maps, the mean of several, labels alone; and the records in between."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,38 +8,18 @@ import numpy as np
 import pytest
 import torch
 from scipy.sparse import csr_array
+from sources import CONTENTS, SAMPLES, TEXTS, Rows, entries, held, invented, plain, said_by_hand, same, taught
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from fusion.align import vocabulary
 from fusion.align.follow import Follower
-from fusion.align.map import Map
-from fusion.align.projector import Plain
-from fusion.align.spelling import Spelling
 from fusion.capture.sample import top_k
-from fusion.distill.dataset import Example, FusionDataset, Teacher, collate
-from fusion.distill.gate import choose
+from fusion.distill.batch import Collator
+from fusion.distill.dataset import FusionDataset, Teacher
+from fusion.distill.gate import Gating, choose
 from fusion.distill.loss import Targets, sparse_cross_entropy
-from fusion.records import Carries, Heard, Message, Sample, Sparse, sample_id
+from fusion.records import Carries, Heard, Message, Sample, Sparse
 from fusion.tokens.render import Renderer
-
-CONTENTS = (
-    "The cat sat on the mat.",
-    "def add(one, two):\n    return one + two\n",
-    "Führer naïve café 🙂 48",
-    "  two spaces, the end  ",
-    "a",
-)
-TEXTS = tuple(Sample(sample_id(text), "test", text) for text in CONTENTS)
-CHAT_MESSAGES = (
-    Message("user", "q"),
-    Message("assistant", "It is a day."),
-    Message("user", "q"),
-    Message("assistant", "a"),
-)
-CHAT = Sample(sample_id(None, CHAT_MESSAGES), "test", None, CHAT_MESSAGES)
-SAMPLES = (*TEXTS, CHAT)
-
-Rows = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -52,102 +32,13 @@ def piece(sentencepiece_tokenizer: PreTrainedTokenizerFast) -> Renderer:
     return Renderer(sentencepiece_tokenizer, "piece")
 
 
-def invented(renderer: Renderer, samples: Sequence[Sample], seed: int, logp: float = -1.0, k: int = 5) -> Rows:
-    """Cache rows of a source that says something at random, 0 to k entries a position, and is as sure as told."""
-    random, rows = np.random.default_rng(seed), []
-    for sample in samples:
-        r = renderer.render(sample)
-        at = np.flatnonzero(r.carries)
-        kept = random.integers(0, k + 1, len(at))
-        ids = [random.permutation(len(renderer.table))[:n] for n in kept]
-        probs = [np.sort(random.dirichlet(np.ones(n + 1)))[::-1][:n] for n in kept]
-        rows.append(
-            {
-                "id": sample.id,
-                "content_bytes": r.content_bytes,
-                "tokens": r.ids[at + 1],
-                "boundary": r.boundary[at].astype(np.int32),
-                "carries": r.carries[at],
-                "logp": np.full(len(at), logp, dtype=np.float32),
-                "kept": kept.astype(np.uint16),
-                "entry_ids": np.concatenate([[], *ids]).astype(np.int32),
-                "entry_logp": np.log(np.concatenate([[], *probs])).astype(np.float16),
-            }
-        )
-    return rows
-
-
-class Held:
-    """What a cache gives back of these rows, held in memory."""
-
-    def __init__(self, rows: Rows):
-        self._heard = {str(row["id"]): _heard(row) for row in rows}
-
-    def get(self, id: str) -> Heard | None:
-        return self._heard.get(id)
-
-
-def _heard(row: Mapping[str, Any]) -> Heard:
-    offsets = np.concatenate([[0], np.cumsum(row["kept"], dtype=np.int64)])
-    said = Sparse(offsets, row["entry_ids"], np.exp(row["entry_logp"].astype(np.float32)))
-    boundary = row["boundary"].astype(np.int64)
-    return Heard(row["tokens"], boundary, row["carries"], row["logp"], said, row["content_bytes"])
-
-
-def held(rows: Rows) -> Any:
-    return Held(rows)
-
-
-def entries(row: Mapping[str, Any]) -> list[dict[int, float]]:
-    """The kept entries of each position of a cache row, id → probability."""
-    stops = np.cumsum(row["kept"], dtype=int)
-    return [
-        {
-            int(i): float(np.exp(p.astype(np.float32)))
-            for i, p in zip(row["entry_ids"][a:b], row["entry_logp"][a:b], strict=True)
-        }
-        for a, b in zip(stops - row["kept"], stops, strict=True)
-    ]
-
-
-def taught(example: Example) -> list[dict[int, float]]:
-    of, t = example.taught.offsets, example.taught
-    return [
-        dict(zip(t.ids[a:b].tolist(), t.probs[a:b].tolist(), strict=True)) for a, b in zip(of, of[1:], strict=False)
-    ]
-
-
-def plain(matrix: csr_array, source: Renderer, target: Renderer) -> Plain:
-    """A map that is used as it is, nothing followed along the text."""
-    size = len(target.table)
-    return Plain(Map(matrix, csr_array((size, size)), Spelling.of(source.table), Spelling.of(target.table)), size)
-
-
-def same(renderer: Renderer) -> Plain:
-    return plain(vocabulary.identity(len(renderer.table)), renderer, renderer)
-
-
-# ---------------------------------------------------------------- gate
-
-
-def test_gate() -> None:
-    bits = {"a": 2.0, "b": 1.0, "c": 1.0}
-    assert choose(bits, "min_ce") == {"b": 1.0}  # the first named of equals
-    assert choose(bits, "all") == {"a": 1 / 3, "b": 1 / 3, "c": 1 / 3}
-    assert choose(bits, "none") == {}
-    assert choose({"a": float("inf")}, "min_ce") == {"a": 1.0}
-    assert choose({"a": float("inf"), "b": 9.0}, "min_ce") == {"b": 1.0}
-    for gate in ("min_ce", "all", "none"):
-        assert choose({}, gate) == {}  # type: ignore[arg-type]
-
-
 # ---------------------------------------------------------------- the dataset
 
 
-def test_a_source_that_is_the_target(tmp_path: Path, level: Renderer) -> None:
+def test_a_source_that_is_the_target(level: Renderer) -> None:
     rows = invented(level, SAMPLES, seed=0)
     source = Teacher("own", held(rows), same(level))
-    dataset = FusionDataset(SAMPLES, level, [source], "min_ce", k=5)
+    dataset = FusionDataset(SAMPLES, level, [source], Gating("min_ce"), k=5)
     assert len(dataset) == len(SAMPLES) and dataset.lengths() == [len(level.render(s).ids) for s in SAMPLES]
     for n, (sample, row) in enumerate(zip(SAMPLES, rows, strict=True)):
         rendered, example = level.render(sample), dataset[n]
@@ -163,14 +54,14 @@ def naive_places(row: Mapping[str, Any]) -> dict[int, int]:
     return {int(place): n for n, place in enumerate(row["boundary"]) if place >= 0}
 
 
-def test_another_tokenizer_teaches_where_both_have_read_the_same(
-    tmp_path: Path, level: Renderer, piece: Renderer
-) -> None:
+def test_another_tokenizer_teaches_where_both_have_read_the_same(level: Renderer, piece: Renderer) -> None:
     rows = invented(piece, SAMPLES, seed=1)
     ends = vocabulary.pair(piece.end_id, level.end_id, (len(piece.table), len(level.table)))
     matrix = vocabulary.chain(vocabulary.exact(piece.table, level.table), ends)
     dense = matrix.toarray()
-    dataset = FusionDataset(SAMPLES, level, [Teacher("sp", held(rows), plain(matrix, piece, level))], "min_ce", k=300)
+    dataset = FusionDataset(
+        SAMPLES, level, [Teacher("sp", held(rows), plain(matrix, piece, level))], Gating("min_ce"), k=300
+    )
     met = 0
     for n, (sample, row) in enumerate(zip(SAMPLES, rows, strict=True)):
         rendered, example, said, places = level.render(sample), dataset[n], entries(row), naive_places(row)
@@ -183,28 +74,28 @@ def test_another_tokenizer_teaches_where_both_have_read_the_same(
     assert met > 20
 
 
-def test_the_best_source_teaches(tmp_path: Path, level: Renderer, piece: Renderer) -> None:
+def test_the_best_source_teaches(level: Renderer, piece: Renderer) -> None:
     eye = same(level)
     likes = {"poor": -2.0, "good": -1.0, "fair": -1.5}
     rows = {name: invented(level, SAMPLES, seed=n, logp=logp) for n, (name, logp) in enumerate(likes.items())}
     for number in (0, 3):  # on these the poor one is good
         rows["poor"][number]["logp"][:] = -0.5
     teachers = [Teacher(name, held(r), eye) for name, r in rows.items()]
-    dataset = FusionDataset(SAMPLES, level, teachers, "min_ce", k=5)
+    dataset = FusionDataset(SAMPLES, level, teachers, Gating("min_ce"), k=5)
     for n in range(len(SAMPLES)):
         best = 0 if n in (0, 3) else 1
         assert set(dataset[n].teacher.tolist()) <= {best, -1} and best in dataset[n].teacher
         assert taught(dataset[n]) == entries(rows[("poor", "good")[best]][n])
     # a pivot without a map: where it would win, nobody teaches
     silent = [*teachers, Teacher("pivot", held(invented(level, SAMPLES, 7, -0.7)), None)]
-    dataset = FusionDataset(SAMPLES, level, silent, "min_ce", k=5)
+    dataset = FusionDataset(SAMPLES, level, silent, Gating("min_ce"), k=5)
     for n in range(len(SAMPLES)):
         assert set(dataset[n].teacher.tolist()) <= ({0, -1} if n in (0, 3) else {-1})
         if n not in (0, 3):
             assert len(dataset[n].taught.ids) == 0 and len(dataset[n].taught) == len(dataset[n].at)
 
 
-def test_the_gate_counts_bytes_and_not_tokens(tmp_path: Path, level: Renderer, piece: Renderer) -> None:
+def test_the_gate_counts_bytes_and_not_tokens(level: Renderer, piece: Renderer) -> None:
     sample = TEXTS[4]  # "a": one content token in both
     longer = TEXTS[2]  # more tokens in one than in the other
     tokens = [int((r.render(longer).carries == Carries.CONTENT).sum()) for r in (level, piece)]
@@ -218,41 +109,32 @@ def test_the_gate_counts_bytes_and_not_tokens(tmp_path: Path, level: Renderer, p
     bits = [cache.get(longer.id).bits_per_byte() for cache in caches]  # type: ignore[union-attr]
     size = len(CONTENTS[2].encode())
     assert bits == pytest.approx([n * p / size / np.log(2) for n, p in ((max(tokens), 1.0), (min(tokens), 1.0001))])
-    assert choose({"many": bits[0], "few": bits[1]}, "min_ce") == {"few": 1.0}
+    assert choose(np.array(bits)[:, None], "min_ce").tolist() == [[0.0], [1.0]]
 
 
-def test_a_sample_that_no_source_has_read(tmp_path: Path, level: Renderer) -> None:
+def test_a_sample_that_no_source_has_read(level: Renderer) -> None:
     eye = same(level)
-    for gate in ("min_ce", "all"):
+    for gate in ("min_ce", "avg_ce", "all"):
         cache = held(invented(level, SAMPLES[:2], seed=0))
-        dataset = FusionDataset(SAMPLES, level, [Teacher("a", cache, eye)], gate, k=5)  # type: ignore[arg-type]
+        dataset = FusionDataset(SAMPLES, level, [Teacher("a", cache, eye)], Gating(gate), k=5)
         assert (dataset[1].teacher == 0).any()
         assert (dataset[2].teacher == -1).all() and len(dataset[2].taught.ids) == 0
         assert len(dataset[2].labels) == len(dataset[2].at) > 0
 
 
 @pytest.mark.parametrize("gate", ["none", "min_ce", "all"])
-def test_labels_alone(tmp_path: Path, level: Renderer, gate: Any) -> None:
+def test_labels_alone(level: Renderer, gate: Any) -> None:
     cache = held(invented(level, SAMPLES, seed=0))
     teachers = [Teacher("a", cache, same(level))] if gate == "none" else []
-    dataset = FusionDataset(SAMPLES, level, teachers, gate, k=5)
+    dataset = FusionDataset(SAMPLES, level, teachers, Gating(gate), k=5)
     for n in range(len(SAMPLES)):
         assert (dataset[n].teacher == -1).all() and len(dataset[n].taught.ids) == 0
-    batch = collate([dataset[n] for n in range(len(SAMPLES))], 0.9)
-    assert (batch["label_weight"] == 1).all() and not batch["taught_probs"].any()
+    batch = Collator()([dataset[n] for n in range(len(SAMPLES))])
+    assert not batch["confidence"].any() and not batch["taught_probs"].any()
     assert batch["taught_ids"].shape == (len(batch["labels"]), 1)
 
 
-def said_by_hand(renderer: Renderer, sample: Sample, said: Sequence[Mapping[int, float]]) -> Rows:
-    """A cache row with these entries, whose probabilities are powers of two: exact in float16 logarithms or nearly."""
-    row = invented(renderer, [sample], seed=0)[0]
-    row["kept"] = np.array([len(s) for s in said], dtype=np.uint16)
-    row["entry_ids"] = np.array([i for s in said for i in s], dtype=np.int32)
-    row["entry_logp"] = np.log(np.array([p for s in said for p in s.values()])).astype(np.float16)
-    return [row]
-
-
-def test_all_sources_together(tmp_path: Path, level: Renderer) -> None:
+def test_all_sources_together(level: Renderer) -> None:
     sample = Sample("x", "test", "a", complete=True)  # two positions: the text's one token, and its end
     size = len(level.table)
     first = [{1: 0.5, 2: 0.25}, {}]
@@ -265,7 +147,7 @@ def test_all_sources_together(tmp_path: Path, level: Renderer) -> None:
     mean = {2: 0.375, 1: 0.25, 3: 0.25}
 
     def found(teachers: Sequence[Teacher], k: int) -> tuple[list[dict[int, float]], list[int]]:
-        example = FusionDataset([sample], level, teachers, "all", k)[0]
+        example = FusionDataset([sample], level, teachers, Gating("all"), k)[0]
         return taught(example), example.teacher.tolist()
 
     rows, teacher = found(teachers, 5)  # near: float16 logarithms
@@ -288,46 +170,13 @@ def test_too_long(level: Renderer) -> None:
     with pytest.raises(
         ValueError, match=r"level: sample \w{16} has \d+ tokens and the context is \d+; .*too_long: skip"
     ):
-        FusionDataset(SAMPLES, level, [], "none", 5, context)
-    kept = FusionDataset(SAMPLES, level, [], "none", 5, context, "skip")
+        FusionDataset(SAMPLES, level, [], Gating("none"), 5, context)
+    kept = FusionDataset(SAMPLES, level, [], Gating("none"), 5, context, "skip")
     assert [s.id for s in kept.samples] == [s.id for s, n in zip(SAMPLES, lengths, strict=True) if n <= context]
     assert kept.lengths() == [n for n in lengths if n <= context]
-    assert len(FusionDataset(SAMPLES, level, [], "none", 5, max(lengths))) == len(SAMPLES)
+    assert len(FusionDataset(SAMPLES, level, [], Gating("none"), 5, max(lengths))) == len(SAMPLES)
     question = (Message("user", "q"),)  # nothing in it carries loss
-    assert len(FusionDataset([Sample("x", "test", None, question)], level, [], "none", 5)) == 0
-
-
-def test_collate(tmp_path: Path, level: Renderer, piece: Renderer) -> None:
-    cache = held(invented(piece, SAMPLES[:4], seed=2))
-    teacher = Teacher("sp", cache, plain(vocabulary.exact(piece.table, level.table), piece, level))
-    dataset = FusionDataset(SAMPLES, level, [teacher], "min_ce", k=3)
-    examples = [dataset[n] for n in (2, 5, 0)]
-    batch = collate(examples, 0.25)
-    width = max(len(e.ids) for e in examples)
-    assert batch["input_ids"].shape == batch["attention_mask"].shape == (3, width)
-    flat, n = batch["input_ids"].flatten().tolist(), 0
-    for row, e in enumerate(examples):
-        padded = [*e.ids.tolist(), *[0] * (width - len(e.ids))]
-        assert batch["input_ids"][row].tolist() == padded
-        assert batch["attention_mask"][row].tolist() == [1] * len(e.ids) + [0] * (width - len(e.ids))
-        for position, said, who in zip(e.at, taught(e), e.teacher, strict=True):
-            at = int(batch["rows"][n])
-            assert at == row * width + position and position + 1 < len(e.ids)
-            assert batch["labels"][n] == flat[at + 1]  # shifted by one, within its own sample
-            used = batch["taught_probs"][n] > 0
-            assert (
-                dict(zip(batch["taught_ids"][n][used].tolist(), batch["taught_probs"][n][used].tolist(), strict=True))
-                == said
-            )
-            assert not batch["taught_ids"][n][~used].any()
-            assert batch["label_weight"][n] == (0.25 if who >= 0 else 1.0)
-            assert batch["teacher"][n] == who
-            n += 1
-    assert n == len(batch["rows"]) == len(batch["labels"])
-    assert (batch["label_weight"] == 0.25).any() and (batch["label_weight"] == 1).any()
-    types = {name: t.dtype for name, t in batch.items()}
-    assert {types.pop("taught_probs"), types.pop("label_weight")} == {torch.float32}
-    assert set(types.values()) == {torch.int64}
+    assert len(FusionDataset([Sample("x", "test", None, question)], level, [], Gating("none"), 5)) == 0
 
 
 @pytest.mark.parametrize("followed", [True, False])
@@ -361,13 +210,15 @@ def test_a_model_teaches_itself_nothing(
         )
     projector = Follower(same(renderer).map, 4) if followed else same(renderer)
     own = Teacher("own", held(rows), projector)
-    dataset = FusionDataset(SAMPLES, renderer, [own], "min_ce", k=len(renderer.table))
+    dataset = FusionDataset(SAMPLES, renderer, [own], Gating("min_ce"), k=len(renderer.table))
     sizes = []
     for label_weight in (1.0, 0.0):
-        batch = collate([dataset[n] for n in range(len(SAMPLES))], label_weight)
+        batch = Collator()([dataset[n] for n in range(len(SAMPLES))])
         model.zero_grad()
-        hidden = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-        targets = Targets(batch["labels"], batch["taught_ids"], batch["taught_probs"], batch["label_weight"])
+        hidden = model.model(input_ids=batch["input_ids"]).last_hidden_state
+        targets = Targets(
+            batch["labels"], batch["taught_ids"], batch["taught_probs"], 1 - (1 - label_weight) * batch["confidence"]
+        )
         total, label, _ = sparse_cross_entropy(hidden.flatten(0, 1)[batch["rows"]], model.lm_head.weight, None, targets)
         total.backward()
         sizes.append(torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item())
@@ -376,10 +227,10 @@ def test_a_model_teaches_itself_nothing(
     assert sizes[1] < 2e-3 * sizes[0]  # float16 logarithms
 
 
-def test_an_empty_map_teaches_nothing(tmp_path: Path, level: Renderer) -> None:
+def test_an_empty_map_teaches_nothing(level: Renderer) -> None:
     cache = held(invented(level, SAMPLES, seed=0))
     nothing = plain(csr_array((len(level.table), len(level.table))), level, level)
-    dataset = FusionDataset(SAMPLES, level, [Teacher("a", cache, nothing)], "min_ce", k=5)
+    dataset = FusionDataset(SAMPLES, level, [Teacher("a", cache, nothing)], Gating("min_ce"), k=5)
     for n in range(len(SAMPLES)):
         assert (dataset[n].teacher == -1).all() and len(dataset[n].taught.ids) == 0
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import tiny
@@ -324,10 +324,26 @@ def test_caches_of_other_makers(
 def test_two_runs_do_not_write_to_one_folder(
     tree: dict[str, Any], refused: Refused, fuse: ModuleType, tmp_path: Path
 ) -> None:
-    with fuse._lock(tmp_path / "run"):
-        line = f"out: another run is writing to {tmp_path / 'run'}; wait for it, or give this one another `out`"
-        assert refused(tree) == line
+    held: list[IO[str]] = []
+    fuse._lock(tmp_path / "run", [], held)
+    line = f"out: another run is writing to {tmp_path / 'run'}; wait for it, or give this one another `out`"
+    assert refused(tree) == line and refused(tree, "--target", "a") == line
+    held[0].close()
     assert refused(tree, "--from", "merge").startswith("prepare is not finished")
+
+
+def test_launches_of_different_targets_share_a_folder(
+    tree: dict[str, Any], refused: Refused, fuse: ModuleType, tmp_path: Path
+) -> None:
+    held: list[IO[str]] = []
+    fuse._lock(tmp_path / "run", ["a"], held)
+    assert refused(tree).startswith(f"out: another run is writing to {tmp_path / 'run'};")
+    assert refused(tree, "--target", "control", "a").startswith("out: another run is writing target a in ")
+    assert refused(tree, "--target", "control").startswith("prepare is not finished")
+    sources = ", ".join(s["name"] for s in tree["sources"])
+    assert refused(tree, "--target", "zzz") == f"--target zzz: there is no such target; known here: {sources}, control"
+    for lock in held:
+        lock.close()
 
 
 def test_an_out_that_is_a_file(tree: dict[str, Any], refused: Refused, tmp_path: Path) -> None:

@@ -174,6 +174,7 @@ def test_mathematics_is_pure() -> None:
         "distill.gate",
         "tokens.place",
         "tokens.batch",
+        "tokens.windows",
     ]
     for module in [f"fusion.{name}" for name in pure] + [m for m in MODULES if m.startswith("fusion.merge.methods.")]:
         known = set(imports(tree_of(MODULES[module])))

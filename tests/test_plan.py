@@ -16,6 +16,7 @@ from data_prep.samples import beginning, read_rows
 from fusion import costs, pipeline, sizes, survey, tracking
 from fusion.capture.cache import Cache
 from fusion.config import Capture, Config, Dataset, Model, Prepare
+from fusion.corpus import Corpus
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,8 @@ def test_costs_by_hand(tmp_path: Path, tree: dict[str, Any]) -> None:
         section["parameters"] = 1e9
     tree["sources"][1]["active_parameters"] = 2e8
     tree["prepare"]["data"][0]["megabytes"] = 8
-    config = tiny.load(tmp_path, tree, "distill.epochs=3", "capture.sampler=top_k", "capture.k=10")
+    settings = ["distill.epochs=3", "capture.sampler=top_k", "capture.k=10"]
+    config = tiny.load(tmp_path, tree, *settings, "prepare.validation_share=0")
     rows = {cost.label: cost for cost in costs.estimate(config)}
     hour = 400e12 * 3600
     assert rows["prepare"].tokens == 2e6 and rows["capture/a"].hours == pytest.approx(2 * 1e9 * 2e6 / hour)
@@ -119,6 +121,9 @@ def test_costs_by_hand(tmp_path: Path, tree: dict[str, Any]) -> None:
     assert rows["distill/control"].hours == pytest.approx(6 * 1e9 * 6e6 / hour)
     assert rows["merge"].disk == 2e9
     assert {(cost.state, cost.by) for cost in rows.values()} == {("to do", "estimated")}
+    for limit, tokens in ((1000, 1.96e6), (10, 2e6 - 10 * 4096 / 4)):  # 0.02 of 8 MB, or ten samples of 4 KB
+        config = tiny.load(tmp_path, tree, f"prepare.validation_limit={limit}")
+        assert next(c for c in costs.estimate(config) if c.label == "prepare").tokens == pytest.approx(tokens)
 
 
 # The data's beginning
@@ -144,7 +149,13 @@ def test_the_beginning_of_a_file(tmp_path: Path) -> None:
 def test_a_preview_of_all_is_what_prepare_makes(tmp_path: Path) -> None:
     paths = [tiny.write_lines(tmp_path / f"{n}.jsonl", ({"text": t} for t in tiny.texts(60, seed=n))) for n in "ab"]
     data = (Dataset(str(paths[0])), Dataset(str(paths[1]), limit=20))
-    for settings in ({}, {"train_share": 0.5, "heldout_share": 0.2}, {"max_bytes": 30}):
+    for settings in (
+        {},
+        {"train_share": 0.5, "heldout_share": 0.2},
+        {"max_bytes": 30},
+        {"validation_share": 0.5},
+        {"validation_share": 0.5, "validation_limit": 10, "max_bytes": 10},
+    ):
         config = Config("small", Model("p"), (Model("q", "a"),), Prepare(data, **settings))
         train = [s for part, s in prepare._Split(config).samples() if part == "train"]
         found = prepare.preview(config)
@@ -162,6 +173,11 @@ def test_a_preview_goes_on_as_it_began(tmp_path: Path, monkeypatch: pytest.Monke
         found = prepare.preview(Config("small", Model("p"), (Model("q", "a"),), Prepare((dataset, held))))
         assert found is not None
         assert found[0] == pytest.approx(wanted, rel=0.02) and found[1] == pytest.approx(23 * wanted, rel=0.02)
+    for limit, left in ((1000, 500), (150, 850), (20, 980)):  # the beginning, 100 lines, has some 50 for validation
+        settings = {"validation_share": 0.5, "validation_limit": limit}
+        found = prepare.preview(Config("small", Model("p"), (Model("q", "a"),), Prepare((data, held), **settings)))
+        assert found is not None
+        assert found[0] == pytest.approx(left, rel=0.1) and found[1] == pytest.approx(23 * found[0])
     absent = Config("small", Model("p"), (Model("q", "a"),), Prepare((data, Dataset("owner/name"))))
     assert prepare.preview(absent) is None
 
@@ -173,20 +189,22 @@ def test_a_calibration_comes_near_the_capture(tmp_path: Path, tree: dict[str, An
     config = tiny.load(tmp_path, tree)
     before = rows_of(config)
     assert [before[f"capture/{n}"].by for n in ("a", "b", "pivot")] == ["measured"] * 3
-    assert before["prepare"].by == "measured" and before["prepare"].samples == 40
+    assert before["prepare"].by == "measured" and before["prepare"].samples == 38  # two are validation's
     pipeline.run(config, ["prepare", "capture"])
     after = rows_of(config)
     for name in ("a", "b", "pivot"):
         (folder,) = (tmp_path / "run" / "capture").glob(f"{name}-*")
-        facts = Cache(folder, None, name).facts
+        cache, train = Cache(folder, None, name), Corpus(next((tmp_path / "run" / "prepare").iterdir()), "train")
+        facts = cache.facts
+        assert set(cache.ids()) == {sample.id for sample in train}
         row, done = before[f"capture/{name}"], after[f"capture/{name}"]
         assert (done.by, done.state, done.hours) == ("captured", "done", 0)
         assert (done.tokens, done.disk) == (facts["tokens"], facts["bytes on disk"])
-        assert row.samples == 40 and row.tokens == pytest.approx(facts["tokens"], rel=0.2)
+        assert row.samples == done.samples == 38 and row.tokens == pytest.approx(facts["tokens"], rel=0.2)
         assert row.hours is not None and 0 < row.hours < 0.1
         assert row.disk is not None and done.disk is not None
         assert row.disk == pytest.approx(done.disk, rel=0.9)  # shards of eight samples are mostly their own frame
-    assert after["prepare"].state == "done" and after["prepare"].samples == 40
+    assert after["prepare"].state == "done" and after["prepare"].samples == 38
 
 
 def test_a_calibration_of_what_was_prepared(tmp_path: Path, tree: dict[str, Any]) -> None:
@@ -241,10 +259,11 @@ def test_a_source_with_a_cache_needs_nothing(tmp_path: Path, tree: dict[str, Any
 def test_samples_that_a_source_cannot_read(tmp_path: Path, tree: dict[str, Any]) -> None:
     lines = [*tiny.texts(38), "word " * 2000, "tree " * 2000]
     tiny.write_lines(tmp_path / "train.jsonl", ({"text": text} for text in lines))
-    config = tiny.load(tmp_path, tree, "prepare.max_bytes=20000")
+    settings = ["prepare.max_bytes=20000", "prepare.validation_share=0"]
+    config = tiny.load(tmp_path, tree, *settings)
     with pytest.raises(ValueError, match="^a: sample .* tokens and the context is 256; lower prepare.max_bytes"):
         rows_of(config)
-    skipping = tiny.load(tmp_path, tree, "prepare.max_bytes=20000", "capture.too_long=skip")
+    skipping = tiny.load(tmp_path, tree, *settings, "capture.too_long=skip")
     assert rows_of(skipping)["capture/a"].samples == pytest.approx(38)
     tiny.write_lines(tmp_path / "train.jsonl", ({"text": text} for text in lines[38:]))
     reason = "none of the samples fits its context"
@@ -286,7 +305,8 @@ def test_the_scale_config_is_what_docs_work_out() -> None:
     config = configs.load(tiny.ROOT / "configs/scale-70b.yaml")
     rows = {cost.label: cost for cost in costs.estimate(config)}
     captures = [cost for label, cost in rows.items() if label.startswith("capture/")]
-    assert len(captures) == 7 and {cost.tokens for cost in captures} == {1e10}
+    assert len(captures) == 7
+    assert {cost.tokens for cost in captures} == {1e10 - 64 * 8000 / 4}  # without validation's
     text = (tiny.ROOT / "docs/scale.md").read_text()
     hours = sizes.total(cost.hours for cost in captures)
     disk = sizes.total(cost.disk for cost in captures)

@@ -33,7 +33,7 @@ def fusion(*data: Dataset, **settings: Any) -> Config:
 
 
 def parts(config: Config) -> dict[str, list[Sample]]:
-    found: dict[str, list[Sample]] = {"train": [], "heldout": []}
+    found: dict[str, list[Sample]] = {part: [] for part in stage.PARTS}
     for part, sample in stage._Split(config).samples():
         found[part].append(sample)
     return found
@@ -237,24 +237,29 @@ def test_a_parquet_file_that_is_damaged_is_named(tmp_path: Path) -> None:
 
 
 def test_fractions_are_uniform_and_independent() -> None:
-    found = [(fraction(id, 0), fraction(id, 1)) for id in map(sample_id, texts(8000))]
+    found = [[fraction(id, salt) for salt in range(4)] for id in map(sample_id, texts(8000))]
     for share in (0.1, 0.5, 0.9):
-        for salt in (0, 1):
+        for salt in range(4):
             below = sum(f[salt] < share for f in found) / len(found)
             assert abs(below - share) < 5 * (share * (1 - share) / len(found)) ** 0.5
-    both = sum(a < 0.5 and b < 0.5 for a, b in found) / len(found)
-    assert abs(both - 0.25) < 5 * (0.25 * 0.75 / len(found)) ** 0.5
+    for one, other in ((0, 1), (0, 2), (1, 2), (2, 3)):
+        both = sum(f[one] < 0.5 and f[other] < 0.5 for f in found) / len(found)
+        assert abs(both - 0.25) < 5 * (0.25 * 0.75 / len(found)) ** 0.5
     assert fraction("00000000ffffffff", 0) == 0 and fraction("00000000ffffffff", 1) == 1 - 2**-32
     assert fraction("80000000" + "0" * 8, 0) == 0.5
+    assert fraction("00000000ffffffff", 2) == 0xA155B0A6 / 2**32  # sha256 of "2 00000000ffffffff"
 
 
 def test_the_split_is_by_hash(tmp_path: Path) -> None:
     data = Dataset(str(write_lines(tmp_path / "a.jsonl", ({"text": t} for t in texts(4000)))))
-    split = parts(fusion(data, heldout_share=0.2, train_share=0.5, heldout_limit=4000))
-    assert not ids(split["train"]) & ids(split["heldout"])
-    for found, share in ((split["heldout"], 0.2), (split["train"], 0.8 * 0.5)):
-        assert abs(len(found) - 4000 * share) < 5 * (4000 * share * (1 - share)) ** 0.5
+    limits = {"heldout_limit": 4000, "validation_limit": 4000}
+    split = parts(fusion(data, heldout_share=0.2, train_share=0.5, validation_share=0.1, **limits))
+    for part, share in (("heldout", 0.2), ("validation", 0.8 * 0.5 * 0.1), ("train", 0.8 * 0.5 * 0.9)):
+        assert abs(len(split[part]) - 4000 * share) < 5 * (4000 * share * (1 - share)) ** 0.5
+    rest = {i for i in map(sample_id, texts(4000)) if fraction(i, 0) >= 0.2 and fraction(i, 1) < 0.5}
     assert ids(split["heldout"]) == {i for i in map(sample_id, texts(4000)) if fraction(i, 0) < 0.2}
+    assert ids(split["validation"]) == {i for i in rest if fraction(i, 2) < 0.1}
+    assert ids(split["train"]) == {i for i in rest if fraction(i, 2) >= 0.1}
 
 
 def test_the_split_is_the_same_in_any_order_and_company(tmp_path: Path) -> None:
@@ -264,8 +269,9 @@ def test_the_split_is_the_same_in_any_order_and_company(tmp_path: Path) -> None:
     more = write_lines(tmp_path / "c.jsonl", ({"text": t + "."} for t in texts(200)))
     shuffled = Dataset(str(write_lines(tmp_path / "b.jsonl", rows)))
     mixed = parts(fusion(Dataset(str(more)), shuffled, heldout_share=0.3))
-    for part in ("train", "heldout"):
-        assert ids(alone[part]) == ids(mixed[part]) & ids(alone["train"] + alone["heldout"])
+    everything = ids([sample for part in stage.PARTS for sample in alone[part]])
+    for part in stage.PARTS:
+        assert alone[part] and ids(alone[part]) == ids(mixed[part]) & everything
     larger = parts(fusion(shuffled, heldout_share=0.6))
     assert ids(alone["heldout"]) < ids(larger["heldout"])
 
@@ -300,6 +306,97 @@ def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
     assert [s.text for s in first["train"]] == ["one two"]  # blank rows do not count, one seen before does
 
 
+# Validation
+
+
+def test_validation_stops_at_its_limit_and_the_rest_is_trained_on(tmp_path: Path) -> None:
+    rows = [{"text": t, "domain": "small" if n % 10 == 0 else "large"} for n, t in enumerate(texts(400))]
+    domains = {sample_id(row["text"]): row["domain"] for row in rows}
+    first = {
+        d: sorted((i for i in domains if domains[i] == d), key=lambda i: fraction(i, 2)) for d in ("small", "large")
+    }
+    held = Dataset(str(write_lines(tmp_path / "held.jsonl", [{"text": "held"}])), heldout=True)
+    for order in (list, reversed, lambda of: Random(3).sample(of, len(of))):
+        data = Dataset(str(write_lines(tmp_path / "a.jsonl", order(rows))))
+        for share in (0.3, 0.999):
+            split = stage._Split(fusion(data, held, validation_share=share, validation_limit=20))
+            found = list(split.samples())
+            some = {d: [i for i in of if fraction(i, 2) < share][:20] for d, of in first.items()}
+            assert ids([s for p, s in found if p == "validation"]) == {i for of in some.values() for i in of}
+            assert ids([s for p, s in found if p != "heldout"]) == set(domains) and len(found) == 401
+            small = len(some["small"])
+            assert small == (17 if share == 0.3 else 20) and split.counts["validation large"] == 20
+            assert split.counts["validation"] == 20 + small and split.counts["train"] == 380 - small
+            assert split.left_out == {"seen before": 0}
+
+
+def test_documents_are_not_torn_apart(tmp_path: Path) -> None:
+    documents = ["".join(f"{n} {k} of it\n" for k in range(3 + n % 3)) for n in range(100)]
+    data = Dataset(str(write_lines(tmp_path / "a.jsonl", ({"text": t, "domain": "d"} for t in documents))))
+    held = Dataset(str(write_lines(tmp_path / "held.jsonl", [{"text": "held"}])), heldout=True)
+    split = parts(fusion(data, held, max_bytes=14, validation_share=0.5, validation_limit=10))
+    of = {part: "".join(str(s.text) for s in split[part]) for part in ("train", "validation")}
+    whole = {part: [d for d in documents if d in of[part]] for part in of}
+    assert len(whole["train"]) + len(whole["validation"]) == 100
+    chosen = sorted((d for d in documents if fraction(sample_id(d), 2) < 0.5), key=lambda d: fraction(sample_id(d), 2))
+    assert sorted(whole["validation"]) == sorted(chosen[:4])
+    counts = [len(d.splitlines()) for d in chosen[:4]]
+    assert sum(counts[:-1]) < 10 <= sum(counts) == len(split["validation"])
+    assert len(split["train"]) + len(split["validation"]) == sum(len(d.splitlines()) for d in documents)
+
+
+def test_nothing_is_in_two_parts(tmp_path: Path) -> None:
+    """Documents share pieces, some stand twice, some are held out too."""
+    documents = [f"same {n % 7}\nsame {n % 5}\nown {n // 2}\n" for n in range(120)]
+    data = Dataset(str(write_lines(tmp_path / "a.jsonl", ({"text": t} for t in documents))))
+    held = Dataset(str(write_lines(tmp_path / "b.jsonl", ({"text": t} for t in documents[:9]))), heldout=True)
+    for more in ((), (held,)):
+        split = parts(fusion(data, *more, heldout_share=0.2, max_bytes=8, validation_share=0.4))
+        found = [str(s.text) for part in stage.PARTS for s in split[part]]
+        assert len(found) == len(set(found)) and all(split.values())
+        assert set(found) == {line for d in documents for line in d.splitlines(keepends=True)}
+    assert {s.text for s in split["heldout"]} == {line for d in documents[:9] for line in d.splitlines(keepends=True)}
+
+
+def test_chats_are_validation_too(tmp_path: Path) -> None:
+    chats = [
+        {"messages": [{"role": "user", "content": t}, {"role": "assistant", "content": "Two."}]} for t in texts(50)
+    ]
+    held = Dataset(str(write_lines(tmp_path / "held.jsonl", [{"text": "held"}])), heldout=True)
+    data = Dataset(str(write_lines(tmp_path / "a.jsonl", chats)))
+    split = parts(fusion(data, held, validation_share=0.5, validation_limit=7))
+    assert len(split["validation"]) == 7 and len(split["train"]) == 43
+    assert max(fraction(s.id, 2) for s in split["validation"]) < min(fraction(s.id, 2) for s in split["train"])
+
+
+def test_every_domain_of_many_documents_has_some_validation(tmp_path: Path) -> None:
+    """The document whose hash comes first, where the share gives a domain none; few documents lend none."""
+    rows = [{"text": t, "domain": d} for d, n, seed in (("many", 40, 1), ("few", 9, 2)) for t in texts(n, seed=seed)]
+    held = Dataset(str(write_lines(tmp_path / "held.jsonl", [{"text": "held"}])), heldout=True)
+    data = Dataset(str(write_lines(tmp_path / "a.jsonl", rows)))
+    least = min((sample_id(t) for t in texts(40, seed=1)), key=lambda i: fraction(i, 2))
+    for share, expected in ((1e-9, {least}), (0, set())):
+        out = artifact(tmp_path / str(share), "prepare")
+        facts = stage.run(fusion(data, held, validation_share=share), {}, out)
+        train = ids(list(Corpus(out.folder, "train")))
+        assert ids(list(Corpus(out.folder, "validation"))) == expected and not train & expected
+        assert len(train) == facts["samples"]["train"] == 49 - len(expected)
+        assert facts["samples"].get("validation many", 0) == facts["samples"]["validation"] == len(expected)
+
+
+@pytest.mark.parametrize("settings", [{"validation_share": 0}])
+def test_validation_may_hold_nothing(tmp_path: Path, settings: dict) -> None:
+    data = Dataset(str(write_lines(tmp_path / "a.jsonl", ({"text": t} for t in texts(100)))))
+    out = artifact(tmp_path, "prepare")
+    facts = stage.run(fusion(data, heldout_share=0.2, **settings), {}, out)
+    corpus = Corpus(out.folder, "validation")
+    assert list(corpus) == [] and len(corpus) == 0 and corpus.groups == 0
+    assert facts["samples"]["validation"] == facts["bytes"]["validation"] == 0
+    assert facts["samples"]["train"] + facts["samples"]["heldout"] == 100
+    train = {i for i in map(sample_id, texts(100)) if fraction(i, 0) >= 0.2}
+    assert ids(list(Corpus(out.folder, "train"))) == train
+
+
 def test_unique_remembers() -> None:
     one, two = samples(2)
     seen: set[str] = set()
@@ -312,20 +409,23 @@ def test_unique_remembers() -> None:
 def test_the_stage_writes_a_corpus_that_reads_back(tmp_path: Path) -> None:
     rows: list[dict] = [{"text": t, "domain": "plain"} for t in texts(300)]
     rows += [{"messages": CHAT, "domain": "chat"}, {"text": "word " * 30, "domain": "long"}, {"text": "\n"}]
-    config = fusion(Dataset(str(write_lines(tmp_path / "a.jsonl", rows))), heldout_share=0.2, max_bytes=100)
+    config = fusion(
+        Dataset(str(write_lines(tmp_path / "a.jsonl", rows))), heldout_share=0.2, validation_share=0.1, max_bytes=100
+    )
     out = artifact(tmp_path, "prepare")
     facts = stage.run(config, {}, out)
     split = parts(config)
-    for part in ("train", "heldout"):
+    for part in stage.PARTS:
         corpus = Corpus(out.folder, part)
         read = list(corpus)
         assert read == sorted(split[part], key=lambda s: s.id) and len(corpus) == len(read)
         assert facts["bytes"][part] == sum(len(text.encode()) for s in read for text in s.segments())
         assert [s for n in range(corpus.groups) for s in corpus.group(n)] == read
-    assert facts["samples"]["train"] + facts["samples"]["heldout"] == 300 + 1 + 2
+        assert facts["samples"][part] == len(read) > 10
+    assert sum(facts["samples"][part] for part in stage.PARTS) == 300 + 1 + 2
     assert facts["left out"] == {"blank": 1}
     assert json.loads(json.dumps(facts)) == facts
-    assert sorted(p.name for p in out.folder.iterdir()) == ["heldout.parquet", "train.parquet"]
+    assert sorted(p.name for p in out.folder.iterdir()) == [f"{part}.parquet" for part in sorted(stage.PARTS)]
 
 
 def test_the_stage_writes_the_same_bytes_again(tmp_path: Path) -> None:
@@ -334,8 +434,9 @@ def test_the_stage_writes_the_same_bytes_again(tmp_path: Path) -> None:
     for name in ("a", "b"):
         path = write_lines(tmp_path / f"{name}.jsonl", rows)
         out = artifact(tmp_path / name, "prepare")
-        stage.run(fusion(Dataset(str(path)), heldout_share=0.2), {}, out)
-        content.append([(out.folder / f"{part}.parquet").read_bytes() for part in ("train", "heldout")])
+        settings = {"heldout_share": 0.2, "validation_share": 0.2, "validation_limit": 10}
+        assert stage.run(fusion(Dataset(str(path)), **settings), {}, out)["samples"]["validation"] == 10
+        content.append([(out.folder / f"{part}.parquet").read_bytes() for part in stage.PARTS])
         rows.reverse()
     assert content[0] == content[1]
 
@@ -354,7 +455,11 @@ def test_the_stage_writes_the_same_bytes_again(tmp_path: Path) -> None:
             {"heldout_share": 0},
             "prepare: no sample is left to measure on; raise prepare.heldout_share or mark a dataset `heldout: true`",
         ),
-        ([{"text": "a"}], {"heldout_share": 0.9999}, "prepare: no sample is left to train on"),
+        (
+            [{"text": "a"}],
+            {"heldout_share": 0.9999},
+            "prepare: no sample is left to train on; lower prepare.heldout_share or prepare.validation_share",
+        ),
         ([{"text": "a"}, {"body": "b"}], {}, "{path}:2: has neither `text` nor `messages`; its keys are body"),
     ],
 )
@@ -367,7 +472,7 @@ def test_the_stage_refuses_and_writes_nothing(tmp_path: Path, rows: list, settin
     assert list(out.folder.iterdir()) == []
 
 
-@pytest.mark.parametrize(("count", "groups"), [(1, 1), (8, 1), (9, 2), (320, 32), (1000, 33), (9000, 36)])
+@pytest.mark.parametrize(("count", "groups"), [(0, 0), (1, 1), (8, 1), (9, 2), (320, 32), (1000, 33), (9000, 36)])
 def test_groups_are_small_enough_to_share_out(tmp_path: Path, count: int, groups: int) -> None:
     made = samples(count)
     write_samples(tmp_path / "train.parquet", made)

@@ -1,19 +1,19 @@
-"""Samples + caches + maps → what a target learns at each position, and batches of it."""
+"""Samples + caches + maps → what a target learns at each position."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset
 
 from fusion.align.project import mix
 from fusion.align.projector import Projector
 from fusion.capture.cache import Cache
-from fusion.distill.gate import choose
-from fusion.records import Rendered, Sample, Sparse
-from fusion.tokens.batch import pad
+from fusion.distill.cost import Segments, Tokens, by_segment, by_token
+from fusion.distill.gate import Gating, choose, soft
+from fusion.records import Heard, Rendered, Sample, Sparse
 from fusion.tokens.render import Renderer
 
 _MEMORY = 512 * 2**20  # bytes of finished examples that a rank keeps
@@ -39,20 +39,25 @@ class Example:
         ids: int32 (T,).
         at: int64 (N,), the positions that predict a token which carries loss.
         labels: int64 (N,), that token. This is the one place where labels shift.
-        teacher: int64 (N,), number of the teacher heard, the first of several, -1 where the position is not taught.
+        teacher: int64 (N,), number of the teacher heard, of several the one that weighs most, -1 where the position is
+            not taught.
+        confidence: float32 (N,), how much of the sources' share of the loss the position gets, 0 where not taught.
         taught: N rows over the target's ids, empty where not taught.
+        number: the sample's number in its dataset.
     """
 
     ids: np.ndarray
     at: np.ndarray
     labels: np.ndarray
     teacher: np.ndarray
+    confidence: np.ndarray
     taught: Sparse
+    number: int
 
     def nbytes(self) -> int:
         """Memory that the arrays take."""
-        arrays = (self.at, self.labels, self.teacher, self.taught.offsets, self.taught.ids, self.taught.probs)
-        return sum(array.nbytes for array in arrays)
+        taught = (self.taught.offsets, self.taught.ids, self.taught.probs)
+        return sum(array.nbytes for array in (self.at, self.labels, self.teacher, self.confidence, *taught))
 
 
 class FusionDataset(Dataset):
@@ -72,12 +77,12 @@ class FusionDataset(Dataset):
         samples: Sequence[Sample],
         renderer: Renderer,
         teachers: Sequence[Teacher],
-        gate: Literal["min_ce", "all", "none"],
+        gating: Gating,
         k: int,
         context: int | None = None,
         too_long: Literal["refuse", "skip"] = "refuse",
     ):
-        self.renderer, self.teachers, self.gate, self.k = renderer, list(teachers), gate, k
+        self.renderer, self.teachers, self.gating, self.k = renderer, list(teachers), gating, k
         self._built: dict[int, Example] = {}
         self._room = _MEMORY
         self.samples: list[Sample] = []
@@ -99,6 +104,9 @@ class FusionDataset(Dataset):
         return len(self.samples)
 
     def __getitem__(self, n: int) -> Example:
+        """Example n; numbers beyond the last have nothing to learn: they fill up a step."""
+        if n >= len(self.samples):
+            return _EMPTY
         example = self._built.get(n)
         if example is None:
             example = self._build(n)
@@ -107,66 +115,85 @@ class FusionDataset(Dataset):
                 self._built[n] = example
         return example
 
+    def share_memory(self, workers: int) -> None:
+        """Each of so many processes that read this dataset keeps its part of the finished examples."""
+        self._room = _MEMORY // max(workers, 1)
+
     def _build(self, n: int) -> Example:
         rendered = self.rendered[n]
         at = np.flatnonzero(rendered.carries)
-        heard = {t.name: h for t in self.teachers if (h := t.cache.get(self.samples[n].id)) is not None}
-        weights = choose({name: h.bits_per_byte() for name, h in heard.items()}, self.gate)
-        teacher = np.full(len(at), -1, dtype=np.int64)
         labels = rendered.ids[at + 1]
-        parts: list[tuple[float, np.ndarray, Sparse]] = []
+        said = [t.cache.get(self.samples[n].id) for t in self.teachers]
+        weights, confidence = self._weigh(n, said, len(at))
+        parts: list[tuple[np.ndarray, np.ndarray, Sparse]] = []
         speaking = [
-            (n, t.name, t.projector)
-            for n, t in enumerate(self.teachers)
-            if t.name in weights and t.projector is not None
+            (number, heard, teacher.projector)
+            for number, (teacher, heard) in enumerate(zip(self.teachers, said, strict=True))
+            if heard is not None and teacher.projector is not None and weights[number].any()
         ]
-        k = self.k if len(speaking) < 2 else len(self.renderer.table)  # of several, the mean is cut and not its parts
-        for number, name, projector in speaking:
-            rows, taught = projector.project(heard[name], rendered.boundary[at], labels, k)
-            parts.append((weights[name], rows, taught))
-            teacher[rows] = np.where(teacher[rows] < 0, number, teacher[rows])
+        alone = not speaking or (weights[[number for number, _, _ in speaking]] > 0).sum(0).max(initial=0) < 2
+        k = self.k if alone else len(self.renderer.table)  # of several, the mean is cut and not its parts
+        teacher, most, share = np.full(len(at), -1), np.zeros(len(at)), np.zeros(len(at))
+        for number, heard, projector in speaking:
+            rows, taught = projector.project(heard, rendered.boundary[at], labels, k)
+            wanted = weights[number, rows] > 0
+            rows, taught = rows[wanted], taught.rows(wanted)
+            parts.append((weights[number, rows], rows, taught))
+            share[rows] += confidence[number, rows]
+            more = rows[weights[number, rows] > most[rows]]
+            teacher[more], most[more] = number, weights[number, more]
         taught = _mix(parts, labels, len(self.renderer.table), self.k)
-        teacher[np.diff(taught.offsets) == 0] = -1
-        return Example(rendered.ids, at, labels.astype(np.int64), teacher, taught)
+        silent = np.diff(taught.offsets) == 0
+        teacher[silent], share[silent] = -1, 0
+        heard_by = np.minimum(share, 1).astype(np.float32)
+        return Example(rendered.ids, at, labels.astype(np.int64), teacher.astype(np.int64), heard_by, taught, n)
+
+    def _weigh(self, n: int, said: Sequence[Heard | None], positions: int) -> tuple[np.ndarray, np.ndarray]:
+        """Each source's weight, and its part of the confidence, at each position: float64 (S, N) both."""
+        gating = self.gating
+        if gating.gate == "none" or not said:
+            return np.zeros((len(said), positions)), np.zeros((len(said), positions))
+        unit = np.zeros(positions, dtype=np.int64)
+        if gating.level == "sample":
+            costs = [np.array([np.nan if h is None else h.bits_per_byte()]) for h in said]
+        else:
+            segments = Segments.of([len(s.encode()) for s in self.samples[n].segments()])
+            tokens = Tokens.of(self.rendered[n], segments)
+            unit = tokens.segment if gating.level == "segment" else np.arange(positions)
+            count = len(segments.first) if gating.level == "segment" else positions
+            cost = by_segment if gating.level == "segment" else partial(by_token, tokens=tokens)
+            costs = [np.full(count, np.nan) if h is None else cost(h, segments) for h in said]
+        bits = np.stack(costs)
+        names = [t.name for t in self.teachers]
+        weights = choose(bits, gating.gate, gating.temperature, gating.fixed, names)
+        shares = soft(bits, gating.temperature) if gating.confident else (weights > 0).astype(np.float64)
+        return weights[:, unit], shares[:, unit]
 
     def lengths(self) -> list[int]:
         """Tokens of each sample."""
         return [len(r.ids) for r in self.rendered]
 
 
-def _mix(parts: list[tuple[float, np.ndarray, Sparse]], labels: np.ndarray, width: int, k: int) -> Sparse:
-    """The weighted mean, at each position, of the sources that teach it; its label is kept among the entries."""
-    weights, shares = [], np.zeros(len(labels))
-    for weight, rows, _ in parts:
-        shares[rows] += weight
-    for weight, rows, _ in parts:
-        weights.append(weight / shares[rows])
+_NONE = np.zeros(0, dtype=np.int64)
+_EMPTY = Example(
+    np.zeros(1, dtype=np.int32),
+    *(_NONE, _NONE, _NONE),
+    np.zeros(0, dtype=np.float32),
+    Sparse(np.zeros(1, dtype=np.int64), np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.float32)),
+    -1,
+)
+
+
+def _mix(parts: list[tuple[np.ndarray, np.ndarray, Sparse]], labels: np.ndarray, width: int, k: int) -> Sparse:
+    """The weighted mean, at each position, of the sources that teach it; its label is kept among the entries.
+
+    Args:
+        parts: of each source, its weight at those positions that it teaches, their numbers, and what it says there.
+    """
+    shares = np.zeros(len(labels))
+    for weights, rows, _ in parts:
+        shares[rows] += weights
+    scaled = [np.zeros(0), *(weights / shares[rows] for weights, rows, _ in parts)]
     whole = Sparse.joined([taught for _, _, taught in parts])
     rows = np.concatenate([np.zeros(0, dtype=np.int64), *(rows for _, rows, _ in parts)])
-    return mix(whole, rows, np.concatenate([np.zeros(0), *weights]), labels, width, k)
-
-
-def collate(examples: Sequence[Example], label_weight: float) -> dict[str, torch.Tensor]:
-    """A batch: (B, T) ids and mask, and for the N positions of all samples one after the other, what to learn.
-
-    `rows` (N,) are their numbers among the B·T positions. Labels of different samples never meet.
-    """
-    ids, mask = pad([e.ids for e in examples])
-    kept = np.concatenate([np.diff(e.taught.offsets) for e in examples])
-    used = np.arange(max(int(kept.max(initial=0)), 1)) < kept[:, None]
-    taught_ids = np.zeros(used.shape, dtype=np.int64)
-    probs = np.zeros(used.shape, dtype=np.float32)
-    taught_ids[used] = np.concatenate([e.taught.ids for e in examples])
-    probs[used] = np.concatenate([e.taught.probs for e in examples])
-    teacher = np.concatenate([e.teacher for e in examples])
-    arrays = {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "rows": np.concatenate([row * ids.shape[1] + e.at for row, e in enumerate(examples)]),
-        "labels": np.concatenate([e.labels for e in examples]),
-        "taught_ids": taught_ids,
-        "taught_probs": probs,
-        "label_weight": np.where(teacher < 0, 1.0, label_weight).astype(np.float32),
-        "teacher": teacher,
-    }
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return mix(whole, rows, np.concatenate(scaled), labels, width, k)

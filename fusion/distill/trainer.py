@@ -1,32 +1,39 @@
 """`transformers.Trainer` with the sparse loss in place of logits, under DeepSpeed or alone."""
 
 import gc
-import json
 import math
-import resource
+import shutil
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
-import numpy as np
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from fusion import cluster, tracking
+from fusion.artifact import write_json
 from fusion.config import Distill
-from fusion.distill.dataset import FusionDataset, collate
-from fusion.distill.loss import MissingMass, Targets, sparse_cross_entropy
+from fusion.distill.arguments import arguments, label_weight_at, objective_of, steps_of
+from fusion.distill.batch import Collator
+from fusion.distill.checkpoint import last_checkpoint, own_steps, seal
+from fusion.distill.dataset import FusionDataset
+from fusion.distill.figures import Figures, Progress
+from fusion.distill.lora import add_lora, trained
+from fusion.distill.loss import Shape
+from fusion.distill.model import can_pack, check_head, fuse_head, shape_of, skips_unseen
+from fusion.distill.order import StepOrder
+from fusion.distill.validation import Validation
 
-_LOGIT_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+BEST = "best"
+_NAMED = 5  # samples that an error names
 
 
 def train(
     load: Callable[[], Any],
     dataset: FusionDataset,
+    validation: Validation,
     settings: Distill,
     seed: int,
     work: Path,
@@ -38,35 +45,44 @@ def train(
 
     Args:
         load: makes the pivot; called once the DeepSpeed settings are known, so that ZeRO-3 can shard it as it loads.
+        validation: measured `settings.evaluations` times.
         settings: `batch_size` is that of all ranks together; ranks × `per_rank` must divide it.
 
     Returns:
-        The trainer, whose `save_model` every rank must call, and figures of the run.
+        The trainer, whose `keep` every rank must call, and figures of the run.
 
     Raises:
-        ValueError: a batch size that cannot be shared out, an architecture whose logits are not head(hidden state),
-            or a loss that is not finite.
+        ValueError: a batch size that cannot be shared out, an architecture whose logits are more than the head's own,
+            scaled or soft-capped, or a loss or gradient that is not finite.
     """
-    arguments = _arguments(settings, seed, work, every)
+    checkpoint, deepspeed = last_checkpoint(work, settings)
+    told = arguments(settings, deepspeed, seed, work, every)
     model = load()
-    _check_head(model)
-    _fuse_head(model, settings.missing_mass)
-    steps = _steps(len(dataset), settings)
+    shape = shape_of(model, len(dataset.renderer.table))
+    if settings.lora is not None:
+        torch.manual_seed(seed)  # their first values are drawn, and have to be the same on all ranks
+        add_lora(model, settings.lora)
+    fuse_head(model, objective_of(settings), shape)
+    steps = steps_of(len(dataset), settings)
+    dataset.share_memory(settings.workers)
     trainer = FusionTrainer(
         model=model,
-        args=arguments,
+        args=told,
         train_dataset=dataset,
-        data_collator=partial(collate, label_weight=settings.label_weight),
-        callbacks=[_Progress(title, steps)],
+        data_collator=Collator(average=settings.average),
+        callbacks=[Progress(title, steps)],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.begin(tracker, [t.name for t in dataset.teachers])
+    trainer.begin(settings, shape, tracker, validation, steps)
     start = time.monotonic()
-    trainer.train(resume_from_checkpoint=_last_checkpoint(work, zero_stage(settings)))
+    trainer.train(resume_from_checkpoint=checkpoint)
+    learned, weights = trained(model)
     return trainer, {
-        **trainer.summary(),
+        **trainer.figures.summary(),
         "seconds": round(time.monotonic() - start, 1),
         "steps": trainer.state.global_step,
+        **trainer.outcome(),
+        **({"learned": learned, "weights": weights} if settings.lora else {}),
     }
 
 
@@ -86,234 +102,197 @@ def release(trainer: "FusionTrainer") -> None:
         torch.cuda.empty_cache()
 
 
-def zero_stage(settings: Distill) -> int:
-    """The ZeRO stage that the DeepSpeed file asks for."""
-    told = json.loads(Path(settings.deepspeed).read_text())
-    return int(told.get("zero_optimization", {}).get("stage", 0))
-
-
-def share_batch(settings: Distill) -> tuple[int, int]:
-    """Samples that a rank reads at once, and how many times it does so in a step.
-
-    Raises:
-        ValueError: `batch_size` cannot be divided so.
-    """
-    per_rank = min(settings.per_rank, max(1, settings.batch_size // cluster.world()))
-    if settings.batch_size % (per_rank * cluster.world()):
-        raise ValueError(
-            f"distill.batch_size: {settings.batch_size} will not do: with distill.per_rank {per_rank} "
-            f"on {cluster.world()} ranks it must be a multiple of {per_rank * cluster.world()}"
-        )
-    return per_rank, settings.batch_size // (per_rank * cluster.world())
-
-
-def _arguments(settings: Distill, seed: int, work: Path, every: int) -> TrainingArguments:
-    per_rank, accumulated = share_batch(settings)
-    if not Path(settings.deepspeed).is_file():
-        raise ValueError(
-            f"distill.deepspeed: {settings.deepspeed} is no file; configs/deepspeed holds zero0, zero2 and zero3.json"
-        )
-    return TrainingArguments(
-        output_dir=str(work),
-        seed=seed,
-        data_seed=seed,
-        num_train_epochs=settings.epochs,
-        per_device_train_batch_size=per_rank,
-        gradient_accumulation_steps=accumulated,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=settings.warmup_share,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        bf16=cluster.precision(settings.dtype) == "bfloat16",
-        use_cpu=not torch.cuda.is_available(),
-        deepspeed=settings.deepspeed,
-        logging_steps=every,
-        logging_nan_inf_filter=False,
-        save_steps=settings.save_steps,
-        save_total_limit=2,
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
-
-
-def _steps(samples: int, settings: Distill) -> int:
-    return max(1, math.ceil(math.ceil(samples / settings.batch_size) * settings.epochs))
-
-
-def _last_checkpoint(work: Path, zero: int) -> str | None:
-    """The newest checkpoint that every rank wrote to its end.
-
-    Raises:
-        ValueError: it is of another number of ranks or ZeRO stage, by which DeepSpeed divides the optimizer's state.
-    """
-    return cluster.on_main(lambda: _find_checkpoint(work, f"{cluster.world()} ranks, ZeRO-{zero}"))
-
-
-def _find_checkpoint(work: Path, layout: str) -> str | None:
-    told = work / "layout"
-    states = [p.parent for p in work.glob("checkpoint-*/trainer_state.json")]  # which Trainer writes last
-    if told.exists() and states and told.read_text() != layout:
-        raise ValueError(
-            f"{work} holds checkpoints of {told.read_text()} and this run has {layout}; go on as it began, "
-            "or remove that folder to begin this target again"
-        )
-    work.mkdir(parents=True, exist_ok=True)
-    told.write_text(layout)
-    whole = [p for p in states if len(list(p.glob("rng_state*.pth"))) == cluster.world()]
-    return str(max(whole, key=lambda p: int(p.name.rpartition("-")[2]))) if whole else None
-
-
-def _check_head(model: Any) -> None:
-    """Refuse an architecture that does more to its logits than the output head (soft caps, scales)."""
-    head = model.get_output_embeddings()
-    if head is None or not hasattr(head, "weight") or model.base_model is model:
-        raise ValueError(f"pivot: {type(model).__name__} has no plain output head; the fused loss needs one")
-    if any(hasattr(p, "ds_id") for p in model.parameters()):
-        scaled = [name for name in _LOGIT_SCALES if getattr(model.config, name, None) not in (None, 1)]
-        if scaled:  # sharded by ZeRO-3, it cannot be run before its engine is there: the config has to tell
-            raise ValueError(f"pivot: {type(model).__name__} has {scaled[0]} on its logits; this cannot be fused yet")
-        return
-    with torch.no_grad():
-        ids = torch.arange(4)[None] + 1
-        hidden = model.base_model(input_ids=ids).last_hidden_state
-        if not torch.allclose(model(input_ids=ids).logits.float(), head(hidden).float(), rtol=1e-2, atol=1e-2):
-            raise ValueError(
-                f"pivot: {type(model).__name__} changes its logits after the output head; this cannot be fused yet"
-            )
-
-
-def _fuse_head(model: Any, missing: MissingMass) -> None:
-    """Make the model return losses and never logits.
-
-    The head stays a module and is called as one, so that DeepSpeed's hooks gather its weights under ZeRO-3.
-    """
-
-    def head_forward(head: Any, hidden: torch.Tensor, targets: Targets) -> tuple[torch.Tensor, ...]:
-        return sparse_cross_entropy(hidden, head.weight, getattr(head, "bias", None), targets, missing)
-
-    def forward(
-        self: Any,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        rows: torch.Tensor,
-        labels: torch.Tensor,
-        taught_ids: torch.Tensor,
-        taught_probs: torch.Tensor,
-        label_weight: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:
-        body = self.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        hidden = body.last_hidden_state.flatten(0, 1)[rows]
-        return self.get_output_embeddings()(hidden, Targets(labels, taught_ids, taught_probs, label_weight))  # type: ignore[no-any-return]
-
-    head = model.get_output_embeddings()
-    head.forward = MethodType(head_forward, head)
-    model.forward = MethodType(forward, model)
-
-
 class FusionTrainer(Trainer):
     """Trainer whose loss is the mean over all positions that carry loss, of all ranks and accumulated batches."""
 
     loss_is_scaled_for_ga = True
 
-    def begin(self, tracker: tracking.Tracker, teachers: list[str]) -> None:
-        """Set what is reported to whom."""
-        self._tracker, self._teachers = tracker, teachers
-        # per teacher: positions, Σ fusion loss; last two rows: all positions, Σ label loss
-        self._sums = np.zeros((len(teachers) + 1, 2))
-        self._all = np.zeros_like(self._sums)
-        self._tokens, self._since = 0, time.monotonic()
+    def begin(
+        self, settings: Distill, shape: Shape, tracker: tracking.Tracker, validation: Validation, steps: int
+    ) -> None:
+        """Set what is to be done beside the steps: checks, figures, evaluations."""
+        self._settings, self._shape, self._tracker, self._validation = settings, shape, tracker, validation
+        self._steps = steps
+        self._names = [sample.id for sample in self._dataset.samples]
+        self._read: list[torch.Tensor] = []  # numbers of the samples of this step
+        self.figures = Figures([t.name for t in self._dataset.teachers], self.args.device)
+        self.add_callback(_Watch(self))
+
+    @property
+    def _dataset(self) -> FusionDataset:
+        assert isinstance(self.train_dataset, FusionDataset)
+        return self.train_dataset
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> StepOrder:
+        return StepOrder(len(self._dataset), self._settings.batch_size, self.args.seed)
+
+    # ------------------------------------------------------------ a step
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | int | None]:
-        """The batches of a step, and how many positions carry loss in them on all ranks together."""
+        """The batches of a step, and the sum of the weights of all positions in them on all ranks together."""
+        start = time.monotonic()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        count = torch.tensor([sum(len(batch["labels"]) for batch in batches)], device=self.args.device)
-        return batches, self.accelerator.gather(count).sum()
+        self.figures.waited(time.monotonic() - start)
+        self._read = [batch["sample"] for batch in batches]
+        whole = torch.tensor([sum(float(batch["weight"].sum()) for batch in batches)], device=self.args.device)
+        return batches, self.accelerator.gather(whole).sum()
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """This rank's part of the mean; DeepSpeed averages over ranks, so it is scaled by their number."""
-        teacher = inputs.pop("teacher")
-        total, label_loss, fusion_loss = model(**inputs)
+        teacher, sample = inputs.pop("teacher"), inputs.pop("sample")
+        tokens, confidence = int(inputs.pop("tokens")), inputs.pop("confidence")
+        share = label_weight_at(self._settings, self.state.global_step / max(self.state.max_steps, 1))
+        total, label_loss, fusion_loss = model(**inputs, label_weight=1 - (1 - share) * confidence)
         finite = torch.isfinite(total.detach()).float()
         if cluster.world() > 1:  # all ranks stop together, and none waits for one that is gone
             torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
         if not finite:
-            raise ValueError(
-                f"distill: the loss is not finite ({total.item()} on this rank) at step "
-                f"{self.state.global_step}; lower distill.learning_rate. "
-                "The last checkpoint is kept"
-            )
-        self._count(teacher, label_loss, fusion_loss, int(inputs["attention_mask"].sum()))
+            broken = sample[~torch.isfinite(label_loss + fusion_loss)] if not torch.isfinite(total) else sample[:0]
+            raise self._stop("loss", broken if len(broken) or torch.isfinite(total) else sample)
+        self.figures.add(teacher, label_loss, fusion_loss, tokens)
         loss = total * cluster.world() / num_items_in_batch
         return (loss, {}) if return_outputs else loss
 
-    def _count(self, teacher: torch.Tensor, label_loss: torch.Tensor, fusion_loss: torch.Tensor, tokens: int) -> None:
-        which = teacher.cpu().numpy()
-        taught = which >= 0
-        losses = fusion_loss.float().cpu().numpy()
-        n = len(self._teachers)
-        self._sums[:n, 0] += np.bincount(which[taught], minlength=n)
-        self._sums[:n, 1] += np.bincount(which[taught], losses[taught], minlength=n)
-        self._sums[n] += len(which), float(label_loss.sum())
-        self._tokens += tokens
+    def check_gradient(self) -> None:
+        """Stop, before anything is saved, where the step that was done had a gradient that is no number."""
+        norm = getattr(self.model_wrapped, "get_global_grad_norm", lambda: None)()
+        if norm is not None and not math.isfinite(float(norm)):
+            raise self._stop("gradient", torch.cat(self._read))
+
+    def _stop(self, what: str, samples: torch.Tensor) -> ValueError:
+        """The error for all ranks, with the ids of the samples on any of them."""
+        found = sorted({int(n) for part in cluster.gather(samples.unique().tolist()) for n in part})
+        shown = ", ".join(self._names[n] for n in found[:_NAMED])
+        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        saved = sorted(Path(str(self.args.output_dir)).glob("checkpoint-*"), key=lambda p: int(p.name[11:]))
+        kept = f"{saved[-1]} is kept" if saved else "there is no checkpoint yet"
+        return ValueError(
+            f"distill: the {what} is not finite at step {self.state.global_step}, samples {shown}{more}; "
+            f"lower distill.learning_rate. {kept}"
+        )
+
+    # ------------------------------------------------------------ beside the steps
+
+    def check_model(self) -> None:
+        """Look whether the model's logits are what the loss takes them to be, and how its samples can be packed."""
+        model: Any = getattr(self.model_wrapped, "module", self.model_wrapped)
+        model.eval()
+        check_head(model, self._shape)
+        asked = self._settings.packing
+        packs = asked != "none" and can_pack(model)
+        model.train()
+        if asked in ("rows", "flat") and not packs:
+            raise ValueError(
+                f"distill.packing: {asked} will not do: in {type(model).__name__} samples of one row see each other; "
+                "set auto or none"
+            )
+        flat = asked == "flat" or (asked == "auto" and skips_unseen(model))
+        assert isinstance(self.data_collator, Collator)
+        self.data_collator.packing = ("flat" if flat else "rows") if packs else "none"
+
+    def due(self, step: int) -> bool:
+        """Whether the model is to be evaluated after a step."""
+        times = min(self._settings.evaluations, self._steps)
+        return bool(len(self._validation)) and step in {round(self._steps * (n + 1) / times) for n in range(times)}
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:  # type: ignore[override]
+        """Bits per byte on the validation samples, by domain; the best weights so far are put aside."""
+        model: Any = self.model_wrapped
+        model.eval()
+        found = self._validation.measure(model)
+        model.train()
+        mean = sum(found.values()) / len(found)
+        told = {"bits_per_byte": mean, **{f"bits_per_byte/{d}": value for d, value in found.items()}}
+        told = {name: round(value, 6) for name, value in told.items()}
+        self._tracker.log(told, self.state.global_step)
+        self.log(told)
+        step, best = self.state.global_step, self.best() == (self.state.global_step, told["bits_per_byte"])
+        if best and self._settings.keep == "best" and step < self._steps:
+            self._put_aside(step, mean)
+        by_domain = ", ".join(f"{d} {value:.4f}" for d, value in found.items())
+        tracking.say(f"  step {step}: bits per byte {mean:.4f} ({by_domain}){', the best so far' if best else ''}")
+        self.figures.restart()
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, told)
+        return told
+
+    def _put_aside(self, step: int, bits: float) -> None:
+        folder = Path(str(self.args.output_dir)) / BEST
+        part = folder.with_name(BEST + ".part")
+        cluster.on_main(lambda: shutil.rmtree(part, ignore_errors=True))
+        self.save_model(str(part))
+
+        def finish() -> None:
+            write_json(part / "measured.json", {"step": step, "bits_per_byte": bits})
+            shutil.rmtree(folder, ignore_errors=True)
+            part.rename(folder)
+
+        cluster.barrier()
+        cluster.on_main(finish)
+
+    def seal(self) -> None:
+        """Call the checkpoint of this step finished."""
+        seal(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}", self._settings)
+
+    def best(self) -> tuple[int, float] | None:
+        """The step and the mean of the best evaluation, the first of equals; also of steps before a resume."""
+        found = [(float(e["bits_per_byte"]), int(e["step"])) for e in self.state.log_history if "bits_per_byte" in e]
+        if not found:
+            return None
+        value, step = min((value if math.isfinite(value) else math.inf, step) for value, step in found)
+        return step, value
+
+    def outcome(self) -> dict[str, float]:
+        """Which step's weights are kept, and what they measured."""
+        best = self.best()
+        return {} if best is None or self._settings.keep == "last" else {"best_step": best[0], "bits_per_byte": best[1]}
+
+    def keep(self, folder: Path) -> None:
+        """Save the weights that are kept: those of the best evaluation, or the last. Every rank must call it."""
+        aside = Path(str(self.args.output_dir)) / BEST
+        if self.outcome().get("best_step", self._steps) < self._steps:
+            cluster.on_main(lambda: _copy(aside, folder))
+        else:
+            self.save_model(str(folder))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add this step's own figures, summed over ranks, and pass all of them on."""
         if "loss" in logs:
-            sums = np.sum(cluster.gather(self._sums), axis=0)
-            self._all += sums
-            now = time.monotonic()
-            speed = cluster.world() * self._tokens / max(now - self._since, 1e-9)
-            logs |= {**self._figures(sums), "tokens_per_second": round(speed, 1), "memory_gb": round(_memory_gb(), 3)}
-            self._sums[:], self._tokens, self._since = 0, 0, now
+            logs |= self.figures.take()
+            share = label_weight_at(self._settings, self.state.global_step / max(self.state.max_steps, 1))
+            logs["label_weight"] = round(share, 5)
             self._tracker.log(logs, self.state.global_step)
         super().log(logs, start_time)
 
-    def _figures(self, sums: np.ndarray) -> dict[str, float]:
-        positions = max(sums[-1, 0], 1)
-        figures = {"label_loss": sums[-1, 1] / positions, "taught_share": sums[:-1, 0].sum() / positions}
-        for name, (count, loss) in zip(self._teachers, sums[:-1], strict=True):
-            figures[f"taught_by/{name}"] = count / positions
-            if count:
-                figures[f"fusion_loss/{name}"] = loss / count
-        return {name: round(float(value), 5) for name, value in figures.items()}
 
-    def summary(self) -> dict[str, float]:
-        """Figures over all steps of this process; after a resume those before it are in the log history alone."""
-        self._all += np.sum(cluster.gather(self._sums), axis=0)
-        self._sums[:] = 0
-        return {**self._figures(self._all), "positions": int(self._all[-1, 0])}
+def _copy(found: Path, to: Path) -> None:
+    shutil.copytree(found, to, dirs_exist_ok=True, ignore=shutil.ignore_patterns("measured.json"))
 
 
-def _memory_gb() -> float:
-    """Peak memory of this process: the GPU's where there is one."""
-    if torch.cuda.is_available():
-        return float(torch.cuda.max_memory_allocated()) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+class _Watch(TrainerCallback):
+    """Calls the trainer at the points that it cannot override."""
 
+    def __init__(self, trainer: FusionTrainer):
+        self._trainer = trainer
 
-class _Progress(TrainerCallback):
-    """A bar over steps."""
-
-    def __init__(self, title: str, steps: int):
-        self._bar, self._note = tracking.Bar(title, steps), ""
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The engine is there, and no step was done."""
+        own_steps(self._trainer.model_wrapped)
+        self._trainer.check_model()
+        self._trainer.figures.restart()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """One step more."""
-        self._bar.advance(note=self._note)
+        """A step was done, and nothing of it is saved."""
+        self._trainer.check_gradient()
+        control.should_evaluate = self._trainer.due(state.global_step)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        """Keep the newest figures for the bar."""
-        if logs and "label_loss" in logs:
-            self._note = f"loss {logs['loss']:.3f}, {logs['tokens_per_second']:.0f} tokens/s"
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """This rank has written its part of a checkpoint."""
+        self._trainer.seal()
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Take the bar away."""
-        self._bar.close()
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Once a step: at the end of an epoch Trainer looks again."""
+        control.should_evaluate = False

@@ -1,7 +1,6 @@
 """Bits per byte: the one figure that models of different tokenizers share."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +9,10 @@ import torch
 
 from fusion import cluster, hub, tracking
 from fusion.config import Model
-from fusion.records import Carries, Rendered, Sample
+from fusion.records import Sample
 from fusion.tokens.batch import by_length, pad
 from fusion.tokens.render import Renderer
-
-
-@dataclass(frozen=True, slots=True)
-class _Window:
-    """A stretch of a sample that fits the context; positions `first`.. of it are scored, those before are context."""
-
-    domain: str
-    ids: np.ndarray
-    first: int
-    content: np.ndarray  # bool (T,), the position predicts a token of a segment
+from fusion.tokens.windows import Window, windows
 
 
 def bits_per_byte(model: Model, folder: Path, samples: Iterable[Sample], batch_tokens: int) -> dict[str, float]:
@@ -44,8 +34,8 @@ def bits_per_byte(model: Model, folder: Path, samples: Iterable[Sample], batch_t
     renderer = Renderer(hub.load_tokenizer(model, folder), model.name, hub.template_of(model))
     rendered = [(s.domain, renderer.render(s)) for s in samples]
     loaded = hub.load_model(model, folder).to(cluster.device())
-    windows = [w for domain, r in rendered for w in _windows(domain, r, hub.context_of(folder))]
-    batches = cluster.share(list(by_length(windows, [len(w.ids) for w in windows], batch_tokens)))
+    cuts = [w for domain, r in rendered for w in windows(domain, r, hub.context_of(folder))]
+    batches = cluster.share(list(by_length(cuts, [len(w.ids) for w in cuts], batch_tokens)))
     nats: dict[str, float] = {}
     for batch in tracking.progress(batches, f"measure {model.name}", len(batches)):
         for window, score in zip(batch, _score(loaded, batch), strict=True):
@@ -60,27 +50,14 @@ def bits_per_byte(model: Model, folder: Path, samples: Iterable[Sample], batch_t
     return {d: total.get(d, 0.0) / size / float(np.log(2)) for d, size in sorted(sizes.items()) if size}
 
 
-def _windows(domain: str, rendered: Rendered, context: int | None) -> Iterator[_Window]:
-    content = rendered.carries == Carries.CONTENT
-    context = max(context or len(rendered.ids), 2)
-    first, start = 0, 0
-    while True:
-        stop = min(start + context, len(rendered.ids))
-        yield _Window(domain, rendered.ids[start:stop], first - start, content[start:stop])
-        if stop == len(rendered.ids):
-            return
-        first, start = stop - 1, start + context // 2
-
-
 @torch.inference_mode()
-def _score(model: Any, batch: list[_Window]) -> list[float]:
+def _score(model: Any, batch: list[Window]) -> list[float]:
     """Σ −log p in nats over the scored content of each window."""
     ids, mask = (torch.from_numpy(array).to(cluster.device()) for array in pad([w.ids for w in batch]))
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     scores = []
     for row, window in enumerate(batch):
-        scored = np.flatnonzero(window.content[:-1])
-        at = torch.from_numpy(scored[scored >= window.first]).to(ids.device)
+        at = torch.from_numpy(window.scored()).to(ids.device)
         total = 0.0
         for part in at.split(1024):
             logp = logits[row, part].float().log_softmax(-1).gather(-1, ids[row, part + 1, None])

@@ -1,0 +1,324 @@
+"""Distillation: memory of head and loss, time of a step beside plain training, tokens a second beside the dense way.
+
+python benchmarks/distill.py [--only memory step] [--device cuda] [--json OUT]
+
+Sizes are a CPU's; on a GPU --device cuda takes bfloat16, 8,192 tokens of width 4,096 with 128,256 ids, and a model of
+about a billion weights. `step` and `dense` learn from three sources of ../shared/zoo, captured and aligned for a target
+with Llama 2's tokenizer first, under --work; that is done once.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import common
+import dense
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from fusion import config as configs
+from fusion import pipeline
+from fusion.corpus import Corpus
+from fusion.distill.batch import Collator
+from fusion.distill.dataset import FusionDataset
+from fusion.distill.divergence import Objective
+from fusion.distill.gate import Gating
+from fusion.distill.loss import Shape, Targets, sparse_cross_entropy
+from fusion.distill.model import fuse_head, shape_of
+from fusion.distill.stage import teacher
+from fusion.tokens.render import Renderer
+
+SIZES = {"cpu": (2048, 768, 32000), "cuda": (8192, 4096, 128256)}  # tokens, width, ids
+MODELS = {
+    "cpu": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8},
+    "cuda": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 20, "num_attention_heads": 16},
+}
+LABEL_WEIGHT = 0.5
+ENTRIES = 24
+
+
+def main() -> None:
+    """Take the figures that were asked for."""
+    parser = common.arguments("what learning from cached sources costs")
+    parser.add_argument("--only", nargs="+", choices=["memory", "step", "dense"], default=["memory", "step", "dense"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--size", nargs=3, type=int, metavar=("TOKENS", "WIDTH", "IDS"), help="of `memory`")
+    parser.add_argument("--layers", type=int, help="of the model that steps")
+    parser.add_argument("--batch", type=int, default=4, help="samples a step")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--work", type=Path, default=Path("build/benchmark-distill"), help="folder of caches and maps")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    given = common.parsed(parser)
+    size = tuple(given.size or SIZES[given.device])
+    if given.child:
+        print(json.dumps(head_alone(given.child, given.device, size)))
+        return
+    figures: dict[str, Any] = {}
+    if "memory" in given.only:
+        figures["memory"] = memory(given.device, size)
+    if "step" in given.only:
+        figures["step"] = steps(given, ("labels", "fusion", "fusion, packed"))
+    if "dense" in given.only:
+        figures["dense"] = steps(given, ("dense", "fusion", "fusion, packed"))
+    common.write(given.json, figures)
+
+
+# ---------------------------------------------------------------- head and loss alone
+
+
+def memory(device: str, size: Sequence[int]) -> list[dict[str, Any]]:
+    """Peak memory and time of head and loss, forward and backward, each way in a process of its own."""
+    rows = []
+    for way in ("dense", "labels", "fusion"):
+        command = [sys.executable, __file__, "--child", way, "--device", device, "--size", *map(str, size)]
+        rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    base = rows[0]["bytes"]
+    common.show(
+        f"head and loss, {size[0]:,} tokens of width {size[1]:,}, {size[2]:,} ids, {device}",
+        ("way", "peak MB above inputs and weights", "of dense", "seconds"),
+        [[r["way"], r["bytes"] / 1e6, f"1/{base / r['bytes']:.1f}", r["seconds"]] for r in rows],
+    )
+    return rows
+
+
+def head_alone(way: str, device: str, size: Sequence[int]) -> dict[str, Any]:
+    """One way, on made-up hidden states: bytes at the peak above what was there before, and seconds of a second run."""
+    count, width, ids = size
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(count, width, generator=draw).to(device, dtype).requires_grad_()
+    weight = (torch.randn(ids, width, generator=draw) / width**0.5).to(device, dtype).requires_grad_()
+    kept = torch.randint(0, ids // ENTRIES, (count, ENTRIES), generator=draw) + torch.arange(ENTRIES) * (ids // ENTRIES)
+    probs = torch.rand(count, ENTRIES, generator=draw)
+    probs = 0.9 * probs / probs.sum(-1, keepdim=True)
+    labels = torch.randint(0, ids, (count,), generator=draw)
+    told = Targets(labels, kept, probs, torch.full((count,), LABEL_WEIGHT))
+    told = Targets(*(getattr(told, name).to(device) for name in ("labels", "ids", "probs", "label_weight")))
+    step: dict[str, Callable[[], None]] = {
+        "fusion": lambda: sparse_cross_entropy(hidden, weight, None, told)[0].backward(),
+        "labels": lambda: torch.nn.functional.cross_entropy((hidden @ weight.T).float(), told.labels).backward(),
+        "dense": lambda: _dense(hidden, weight, told),
+    }
+    before, peak = _memory(device, reset=True), 0
+    times = []
+    for _ in range(2):
+        hidden.grad = weight.grad = None
+        start = time.monotonic()
+        step[way]()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.monotonic() - start)
+        peak = max(peak, _memory(device))
+    return {"way": way, "bytes": peak - before, "seconds": times[-1], "size": list(size), "device": device}
+
+
+def _dense(hidden: torch.Tensor, weight: torch.Tensor, told: Targets) -> None:
+    logits = (hidden @ weight.T)[None]
+    target = torch.zeros(logits.shape, dtype=torch.bfloat16, device=hidden.device)
+    target[0].scatter_(-1, told.ids, told.probs.to(target.dtype))
+    dense.loss(logits, told.labels[None], [target], [0], LABEL_WEIGHT).backward()
+
+
+def _memory(device: str, reset: bool = False) -> int:
+    if device == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+            return torch.cuda.memory_allocated()
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# ---------------------------------------------------------------- whole steps
+
+
+def steps(given: argparse.Namespace, ways: Sequence[str]) -> list[dict[str, Any]]:
+    """Seconds a step and tokens a second, each round on samples of its own; the ways take turns."""
+    dataset, folder = material(given)
+    dtype = torch.bfloat16 if given.device == "cuda" else torch.float32
+    runs = {way: _Run(way, folder, dataset, given.device, dtype) for way in ways}
+    order = np.random.default_rng(0).permutation(len(dataset.samples))
+    rounds = [order[n * given.batch : (n + 1) * given.batch] for n in range(given.rounds + 1)]
+    taken: dict[str, list[tuple[float, int]]] = {way: [] for way in ways}
+    for number, chosen in enumerate(rounds):
+        for way in ways:
+            spent, tokens = runs[way].step([int(n) for n in chosen])
+            if number:  # the first warms up
+                taken[way].append((spent, tokens))
+    first = taken[ways[0]]
+    rows = []
+    for way in ways:
+        ratios = [mine[0] / theirs[0] for mine, theirs in zip(taken[way], first, strict=True)]
+        rows.append(
+            {
+                "way": way,
+                "seconds": median(spent for spent, _ in taken[way]),
+                "tokens_per_second": sum(t for _, t in taken[way]) / sum(s for s, _ in taken[way]),
+                "time_ratio": median(ratios),
+                "lowest": min(ratios),
+                "highest": max(ratios),
+                "building_share": runs[way].building / runs[way].spent,
+            }
+        )
+    count = sum(p.numel() for p in next(iter(runs.values())).model.parameters())
+    lengths = [len(dataset.rendered[int(n)].ids) for chosen in rounds[1:] for n in chosen]
+    common.show(
+        f"a step of {given.batch} samples of {np.mean(lengths):.0f} tokens, {count / 1e6:.0f} million weights, "
+        f"{len(dataset.renderer.table):,} ids, {len(dataset.teachers)} sources, {given.device}",
+        ("way", "seconds", "tokens/s", f"time / {ways[0]}", "lowest", "highest", "building batches"),
+        [
+            [
+                r["way"],
+                r["seconds"],
+                r["tokens_per_second"],
+                r["time_ratio"],
+                r["lowest"],
+                r["highest"],
+                f"{r['building_share']:.1%}",
+            ]
+            for r in rows
+        ],
+    )
+    return rows
+
+
+class _Run:
+    """One way to train a model, with an optimizer of its own; batches are built in this process, within the time."""
+
+    def __init__(self, way: str, folder: Path, dataset: FusionDataset, device: str, dtype: torch.dtype):
+        self._way, self._dataset, self._device = way, dataset, device
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).train()
+        if way.startswith("fusion"):
+            shape: Shape = shape_of(self.model, len(dataset.renderer.table))
+            fuse_head(self.model, Objective(), shape)
+        self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5)
+        self._collator = Collator("rows" if way.endswith("packed") else "none")
+        self.building = self.spent = 0.0
+
+    def step(self, chosen: list[int]) -> tuple[float, int]:
+        """Train on some samples: seconds, and tokens without padding."""
+        tokens = sum(len(self._dataset.rendered[n].ids) for n in chosen)
+        self._dataset._built.clear()
+        self._dataset.share_memory(1)
+        prepared = self._entries(chosen) if self._way == "dense" else None
+        start = time.monotonic()
+        loss = self._loss(chosen, prepared)
+        loss.backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        if self._device == "cuda":
+            torch.cuda.synchronize()
+        spent = time.monotonic() - start
+        self.spent += spent
+        return spent, tokens
+
+    def _loss(self, chosen: list[int], prepared: list[list[dense.Entries]] | None) -> torch.Tensor:
+        start = time.monotonic()
+        if self._way.startswith("fusion"):
+            batch = self._collator([self._dataset[n] for n in chosen])
+            self.building += time.monotonic() - start
+            count = len(batch["labels"])
+            share = 1 - (1 - LABEL_WEIGHT) * batch.pop("confidence")
+            told = {k: v.to(self._device) for k, v in batch.items() if k not in ("teacher", "sample", "tokens")}
+            total, _, _ = self.model(**told, label_weight=share.to(self._device))
+            return total / count  # type: ignore[no-any-return]
+        rendered = [self._dataset.rendered[n] for n in chosen]
+        longest = max(len(r.ids) for r in rendered)
+        ids = torch.zeros((len(chosen), longest), dtype=torch.long)
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+        for row, r in enumerate(rendered):
+            at = np.flatnonzero(r.carries)
+            ids[row, : len(r.ids)], mask[row, : len(r.ids)] = torch.from_numpy(r.ids).long(), 1
+            labels[row, at + 1] = ids[row, at + 1]
+        targets = []
+        if prepared is not None:
+            targets = [t.to(self._device) for t in dense.collate(prepared, longest, self.model.config.vocab_size)]
+        self.building += time.monotonic() - start
+        ids, mask, labels = (t.to(self._device) for t in (ids, mask, labels))
+        if prepared is None:
+            return self.model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss  # type: ignore[no-any-return]
+        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        return dense.loss(logits, shifted, targets, [0] * len(chosen), LABEL_WEIGHT)
+
+    def _entries(self, chosen: list[int]) -> list[list[dense.Entries]]:
+        """What the published caches hold: aligned entries of the pivot and of every source, at each position.
+
+        The pivot's are the first source's once more: only their number counts here.
+        """
+        out = []
+        for n in chosen:
+            said = [self._aligned(n, name) for name in range(len(self._dataset.teachers))]
+            out.append([said[0], *said])
+        return out
+
+    def _aligned(self, n: int, source: int) -> dense.Entries:
+        example = self._of(source)[n]
+        entries: dense.Entries = [([], []) for _ in range(len(example.ids))]
+        t = example.taught
+        for row, at in enumerate(example.at):
+            part = slice(t.offsets[row], t.offsets[row + 1])
+            entries[at] = (t.ids[part].tolist(), t.probs[part].tolist())
+        return entries
+
+    def _of(self, source: int) -> FusionDataset:
+        alone = object.__new__(FusionDataset)
+        alone.__dict__.update(self._dataset.__dict__, teachers=[self._dataset.teachers[source]], _built={})
+        return alone
+
+
+def material(given: argparse.Namespace) -> tuple[FusionDataset, Path]:
+    """A target's dataset with three cached sources, and a model of its vocabulary with weights drawn at random."""
+    settings = dict(MODELS[given.device])
+    if given.layers:
+        settings["num_hidden_layers"] = given.layers
+    tokenizer = AutoTokenizer.from_pretrained(common.folder_of("llama2"))
+    folder = given.work / f"pivot-{settings['hidden_size']}-{settings['num_hidden_layers']}"
+    if not (folder / "config.json").exists():
+        torch.manual_seed(0)
+        told = LlamaConfig(
+            vocab_size=len(tokenizer), max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, **settings
+        )
+        LlamaForCausalLM(told).to(torch.bfloat16 if given.device == "cuda" else torch.float32).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    tree = {
+        "name": "benchmark",
+        "out": str(given.work / "run"),
+        "pivot": {"model": str(folder)},
+        "sources": [{"name": m.partition("-")[0], "model": str(common.folder_of(m))} for m in common.OWN],
+        "prepare": {
+            "data": [
+                {"data": str(path), "domain": path.stem.partition("_")[0], "limit": 30 + 10 * given.batch}
+                for path in common.TEXTS
+            ],
+            "max_bytes": 2000,
+        },
+        "capture": {"too_long": "skip"},
+        "distill": {"topology": "joint", "pivot": "absent", "gate": "all"},
+        "tracking": {"wandb": "disabled"},
+    }
+    given.work.mkdir(parents=True, exist_ok=True)
+    path = given.work / "config.yaml"
+    path.write_text(json.dumps(tree))
+    config = configs.load(path)
+    pipeline.run(config, only=("prepare", "capture", "align"))
+    task = next(t for t in pipeline.plan(config, pipeline.find(config)) if t.out.label == "distill/joint")
+    renderer = Renderer(tokenizer, "pivot", "own")
+    teachers = [
+        teacher(name.removeprefix("cache/"), task.inputs, config, renderer)
+        for name in task.inputs
+        if name.startswith("cache/")
+    ]
+    samples = list(Corpus(task.inputs["prepare"], "train"))
+    return FusionDataset(samples, renderer, teachers, Gating("min_ce"), config.distill.k, 2048), folder
+
+
+if __name__ == "__main__":
+    common.door(main)

@@ -1,0 +1,33 @@
+"""In which order samples are read: the same for any number of ranks."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+
+class StepOrder(Sampler[int]):
+    """A permutation of the samples for each epoch, in whole steps.
+
+    An epoch whose last step lacks samples is filled up with numbers from `count` on, which stand for nothing: every
+    rank then reads as many, and the step is the same for any number of them.
+
+    Args:
+        count: samples.
+        batch_size: those of a step, all ranks together.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int):
+        self._count, self._seed, self._epoch = count, seed, 0
+        self._length = -(-count // batch_size) * batch_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the loader before each."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[int]:
+        yield from np.random.default_rng([self._seed, self._epoch]).permutation(self._count).tolist()
+        yield from range(self._count, self._length)
