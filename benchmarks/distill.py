@@ -12,6 +12,7 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,8 +25,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from fusion import cluster, pipeline
 from fusion import config as configs
-from fusion import pipeline
+from fusion.config import Distill
 from fusion.corpus import Corpus
 from fusion.distill.batch import Collator
 from fusion.distill.dataset import FusionDataset
@@ -34,6 +36,8 @@ from fusion.distill.gate import Gating
 from fusion.distill.loss import Shape, Targets, sparse_cross_entropy
 from fusion.distill.model import fuse_head, shape_of
 from fusion.distill.stage import teacher
+from fusion.distill.trainer import train
+from fusion.distill.validation import Validation
 from fusion.tokens.render import Renderer
 
 SIZES = {"cpu": (2048, 768, 32000), "cuda": (8192, 4096, 128256)}  # tokens, width, ids
@@ -41,6 +45,7 @@ MODELS = {
     "cpu": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8},
     "cuda": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 20, "num_attention_heads": 16},
 }
+PARTS = ("memory", "step", "dense", "waiting")
 LABEL_WEIGHT = 0.5
 ENTRIES = 24
 
@@ -48,10 +53,11 @@ ENTRIES = 24
 def main() -> None:
     """Take the figures that were asked for."""
     parser = common.arguments("what learning from cached sources costs")
-    parser.add_argument("--only", nargs="+", choices=["memory", "step", "dense"], default=["memory", "step", "dense"])
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--size", nargs=3, type=int, metavar=("TOKENS", "WIDTH", "IDS"), help="of `memory`")
     parser.add_argument("--layers", type=int, help="of the model that steps")
+    parser.add_argument("--width", type=int, help="of the model that steps, in heads of 64")
     parser.add_argument("--batch", type=int, default=4, help="samples a step")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--work", type=Path, default=Path("build/benchmark-distill"), help="folder of caches and maps")
@@ -68,6 +74,8 @@ def main() -> None:
         figures["step"] = steps(given, ("labels", "fusion", "fusion, packed"))
     if "dense" in given.only:
         figures["dense"] = steps(given, ("dense", "fusion", "fusion, packed"))
+    if "waiting" in given.only:
+        figures["waiting"] = waiting(given)
     common.write(given.json, figures)
 
 
@@ -189,6 +197,46 @@ def steps(given: argparse.Namespace, ways: Sequence[str]) -> list[dict[str, Any]
     return rows
 
 
+def waiting(given: argparse.Namespace) -> dict[str, float]:
+    """The share of the steps' time in which the trainer waited for batches that workers build from caches and maps."""
+    cluster.start()
+    dataset, folder = material(given)
+    dataset.samples, dataset.rendered = dataset.samples[: 40 * given.batch], dataset.rendered[: 40 * given.batch]
+    dtype = torch.bfloat16 if given.device == "cuda" else torch.float32
+    told = Distill(
+        batch_size=given.batch,
+        per_rank=given.batch,
+        evaluations=0,
+        epochs=4 * given.rounds / (len(dataset) // given.batch),
+        deepspeed=str(Path(__file__).parents[1] / "configs/deepspeed/zero0.json"),
+    )
+    with tempfile.TemporaryDirectory() as work:
+        trainer, figures = train(
+            lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype),
+            dataset,
+            Validation((), dataset.renderer, None, 1),
+            told,
+            0,
+            Path(work),
+            _Unheard(),  # type: ignore[arg-type]
+            "train",
+            given.rounds,
+        )
+        shares = [e["data_wait_share"] for e in trainer.state.log_history if "data_wait_share" in e]
+    found = {"in all": figures["data_wait_share"], "first steps": shares[0], "then": median(shares[1:])}
+    common.show(
+        f"time spent waiting for batches, {figures['steps']} steps in the trainer, {given.device}",
+        tuple(found),
+        [[f"{share:.2%}" for share in found.values()]],
+    )
+    return found
+
+
+class _Unheard:
+    def log(self, values: Any, step: int | None = None) -> None:
+        """Nobody tracks a benchmark."""
+
+
 class _Run:
     """One way to train a model, with an optimizer of its own; batches are built in this process, within the time."""
 
@@ -279,6 +327,9 @@ def material(given: argparse.Namespace) -> tuple[FusionDataset, Path]:
     settings = dict(MODELS[given.device])
     if given.layers:
         settings["num_hidden_layers"] = given.layers
+    if given.width:
+        settings |= {"hidden_size": given.width, "num_attention_heads": given.width // 64}
+        settings["intermediate_size"] = given.width * 43 // 16  # as in the default model
     tokenizer = AutoTokenizer.from_pretrained(common.folder_of("llama2"))
     folder = given.work / f"pivot-{settings['hidden_size']}-{settings['num_hidden_layers']}"
     if not (folder / "config.json").exists():

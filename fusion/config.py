@@ -156,7 +156,8 @@ class Distill:
     # several samples in a row that do not see each other: where the model can (auto), in rows as long as the longest
     # sample (rows), or all in one (flat, for flash attention)
     packing: Literal["auto", "none", "rows", "flat"] = "auto"
-    workers: Annotated[int, Field(ge=0)] = 1  # processes a rank that build batches
+    # processes a rank that build batches while it computes: 2 beside a GPU, 1 beside a CPU whose cores it shares
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # bfloat16 keeps float32 master weights
     lora: Lora | None = None

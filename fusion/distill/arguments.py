@@ -32,6 +32,13 @@ def steps_of(samples: int, settings: Distill) -> int:
     return max(1, math.ceil(math.ceil(samples / settings.batch_size) * settings.epochs))
 
 
+def workers_of(settings: Distill) -> int:
+    """Processes a rank that build batches."""
+    if settings.workers == "auto":
+        return 2 if torch.cuda.is_available() else 1
+    return int(settings.workers)
+
+
 def objective_of(settings: Distill) -> Objective:
     """What the loss makes small."""
     return Objective(
@@ -94,8 +101,8 @@ def arguments(
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
-        dataloader_num_workers=settings.workers,
-        dataloader_persistent_workers=settings.workers > 0,
-        dataloader_prefetch_factor=4 if settings.workers else None,
+        dataloader_num_workers=workers_of(settings),
+        dataloader_persistent_workers=workers_of(settings) > 0,
+        dataloader_prefetch_factor=4 if workers_of(settings) else None,
         dataloader_pin_memory=torch.cuda.is_available(),
     )

@@ -43,9 +43,9 @@ class Figures:
         """Count time in which a step waited for its batches."""
         self._waited += seconds
 
-    def restart(self) -> None:
-        """Leave out the time since the last figures were told: it went into something else than steps."""
-        self._since = time.monotonic()
+    def leave_out(self, seconds: float) -> None:
+        """Do not count time that went into something else than steps."""
+        self._since += seconds
 
     def take(self) -> dict[str, float]:
         """The figures since the last time, over all ranks; every rank must ask."""

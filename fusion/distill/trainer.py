@@ -15,7 +15,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from fusion import cluster, tracking
 from fusion.artifact import write_json
 from fusion.config import Distill
-from fusion.distill.arguments import arguments, label_weight_at, objective_of, steps_of
+from fusion.distill.arguments import arguments, label_weight_at, objective_of, steps_of, workers_of
 from fusion.distill.batch import Collator
 from fusion.distill.checkpoint import last_checkpoint, own_steps, seal
 from fusion.distill.dataset import FusionDataset
@@ -64,7 +64,7 @@ def train(
         add_lora(model, settings.lora)
     fuse_head(model, objective_of(settings), shape)
     steps = steps_of(len(dataset), settings)
-    dataset.share_memory(settings.workers)
+    dataset.share_memory(workers_of(settings))
     trainer = FusionTrainer(
         model=model,
         args=told,
@@ -202,6 +202,7 @@ class FusionTrainer(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:  # type: ignore[override]
         """Bits per byte on the validation samples, by domain; the best weights so far are put aside."""
         model: Any = self.model_wrapped
+        start = time.monotonic()
         model.eval()
         found = self._validation.measure(model)
         model.train()
@@ -215,7 +216,7 @@ class FusionTrainer(Trainer):
             self._put_aside(step, mean)
         by_domain = ", ".join(f"{d} {value:.4f}" for d, value in found.items())
         tracking.say(f"  step {step}: bits per byte {mean:.4f} ({by_domain}){', the best so far' if best else ''}")
-        self.figures.restart()
+        self.figures.leave_out(time.monotonic() - start)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, told)
         return told
 
@@ -281,8 +282,9 @@ class _Watch(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The engine is there, and no step was done."""
         own_steps(self._trainer.model_wrapped)
+        start = time.monotonic()
         self._trainer.check_model()
-        self._trainer.figures.restart()
+        self._trainer.figures.leave_out(time.monotonic() - start)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """A step was done, and nothing of it is saved."""
