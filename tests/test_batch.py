@@ -15,6 +15,7 @@ from fusion.align import vocabulary
 from fusion.distill.batch import Collator, Packing, bins
 from fusion.distill.dataset import Example, FusionDataset, Teacher
 from fusion.distill.gate import Gating
+from fusion.distill.order import StepOrder
 from fusion.records import Sparse
 from fusion.tokens.render import Renderer
 
@@ -191,3 +192,23 @@ def test_examples_of_a_dataset(
         assert set(batch["confidence"].tolist()) == {0.0, 1.0}
         unused = batch["taught_probs"] == 0
         assert batch["taught_probs"].shape[1] <= 3 and not batch["taught_ids"][unused].any()
+
+
+# ---------------------------------------------------------------- order
+
+
+def test_every_epoch_reads_every_sample_once_in_whole_steps() -> None:
+    for count, batch_size in ((10, 4), (12, 4), (3, 8), (1, 1)):
+        order = StepOrder(count, batch_size, seed=7)
+        epochs = []
+        for epoch in range(3):
+            order.set_epoch(epoch)
+            found = list(order)
+            assert len(found) == len(order) and len(order) % batch_size == 0 and len(order) - count < batch_size
+            assert sorted(found) == list(range(len(order)))  # numbers beyond the last stand for nothing
+            assert all(n < count for n in found[:count])
+            epochs.append(found)
+        order.set_epoch(1)
+        assert list(order) == epochs[1] and list(StepOrder(count, batch_size, seed=7)) == epochs[0]
+        assert count < 3 or epochs[0] != epochs[1]
+        assert count < 3 or list(StepOrder(count, batch_size, seed=8)) != epochs[0]

@@ -122,10 +122,18 @@ def program(*arguments: str, folder: Path = tiny.ROOT) -> subprocess.CompletedPr
 def test_help_shows_how() -> None:
     done = program("--help")
     assert done.returncode == 0 and done.stderr == ""
-    for word in ("--config FILE", "--set KEY=VALUE", "--only STAGE", "--from STAGE", "--plan", "examples:"):
+    for word in (
+        "--config FILE",
+        "--set KEY=VALUE",
+        "--only STAGE",
+        "--from STAGE",
+        "--target NAME",
+        "--plan",
+        "examples:",
+    ):
         assert word in done.stdout
     examples = re.findall(r"launch/fuse.py --config (\S+)", done.stdout.partition("examples:")[2])
-    assert len(examples) == 3 and all((tiny.ROOT / path).is_file() for path in examples)
+    assert len(examples) == 4 and all((tiny.ROOT / path).is_file() for path in examples)
 
 
 @pytest.mark.parametrize("name", ["fusellm-7b", "fusechat-7b", "scale-70b"])
@@ -301,7 +309,7 @@ def test_caches_of_other_makers(
     tiny.write_lines(tmp_path / "train.jsonl", ({"text": text} for text in tiny.texts(20, seed=9)))
     tree["sources"] = [{"name": "c", "model": str(made["a"]), "cache": str(captured), "dtype": "float32"}]
     line = refused(tree, "--only", "prepare", "capture", "align")
-    assert line.startswith(f"c: the cache {captured} lacks 20 of 20 samples, ") and line.endswith(hint)
+    assert line.startswith(f"c: the cache {captured} lacks 19 of 19 samples, ") and line.endswith(hint)
     # damaged
     shard = captured / "shard-000002.parquet"
     content = bytearray(shard.read_bytes())
