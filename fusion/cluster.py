@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-_LONGEST_COMPILE_S = 900
+_LONGEST_COMPILE_S, _LONGEST_LOOK_S = 900, 120  # of a DeepSpeed op, and of one that was compiled before
 _CLOSED = "closed"
 
 
@@ -254,7 +254,8 @@ def _drop_stale_locks() -> None:
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
     for lock in folder.glob("**/lock"):
         with suppress(FileNotFoundError):  # another rank was first
-            if time.time() - lock.stat().st_mtime > _LONGEST_COMPILE_S:
+            longest = _LONGEST_LOOK_S if any(lock.parent.glob("*.so")) else _LONGEST_COMPILE_S
+            if time.time() - lock.stat().st_mtime > longest:
                 lock.unlink()
 
 

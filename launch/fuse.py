@@ -88,8 +88,11 @@ def _parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.no_calibrate and not arguments.plan:
         parser.error("argument --no-calibrate: goes with --plan alone")
-    if arguments.target and (arguments.start or arguments.repair or arguments.only not in ([], ["distill"])):
-        parser.error("argument --target: goes with the stage distill alone; leave away --only, --from and --repair")
+    others = arguments.start or arguments.repair or arguments.plan or arguments.only not in ([], ["distill"])
+    if arguments.target and others:
+        parser.error(
+            "argument --target: goes with the stage distill alone; leave away --only, --from, --repair, --plan"
+        )
     if arguments.target:
         arguments.only = ["distill"]
     return arguments
@@ -129,7 +132,10 @@ def _lock(folder: Path, targets: list[str], held: list[IO[str]]) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     wanted = [(".lock", fcntl.LOCK_SH if targets else fcntl.LOCK_EX, f"to {folder}")]
-    wanted += [(f".lock-{name.replace('/', '_')}", fcntl.LOCK_EX, f"target {name} in {folder}") for name in targets]
+    wanted += [
+        (f".lock-{name.replace('/', '_')}", fcntl.LOCK_EX, f"target {name} in {folder}")
+        for name in dict.fromkeys(targets)
+    ]
     for name, how, what in wanted:
         held.append((folder / name).open("w"))
         try:

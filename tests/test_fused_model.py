@@ -338,3 +338,12 @@ def test_modules_that_cannot_have_updates_are_one_line(modules: tuple[str, ...],
     with pytest.raises(ValueError, match=rf"^distill\.lora\.modules: .*({why})") as refused:
         add_lora(drawn("llama"), Lora(modules=modules))
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 250
+
+
+def test_a_tied_embedding_cannot_have_updates() -> None:
+    """They are trained on what is read alone; merged, they would change the head too."""
+    with pytest.raises(
+        ValueError, match=r"^distill\.lora\.modules: the embedding cannot be among them, .*leave it away$"
+    ):
+        add_lora(drawn("tied"), Lora(modules=("q_proj", "embed_tokens")))
+    add_lora(drawn("llama"), Lora(modules=("q_proj", "embed_tokens")))

@@ -50,6 +50,8 @@ ALONE: Mapping[str, Mapping[str, Any]] = {
     "lora2": LORA,
     "wild": {"pivot": "zero2", "label_weight": 0.0, "learning_rate": 0.01},
     "last": {"pivot": "zero2", "label_weight": 0.0, "learning_rate": 0.01, "keep": "last"},
+    "once": {"epochs": 1.5, "save_steps": 4},
+    "again": {"epochs": 1.5, "save_steps": 4, "work": "once"},
     "spread": {"gate_level": "token", "label_schedule": "confidence", "divergence": "jsd", "average": "samples"},
 }
 
@@ -196,6 +198,19 @@ def test_the_best_weights_are_kept(alone: Path, byte_level_tokenizer: PreTrained
         assert sum(found.values()) / 2 == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_training_that_was_done_is_not_gone_on_with(alone: Path) -> None:
+    """Cut off after its last checkpoint, before its weights were written: no step more, and the same figures."""
+    once, again = (told(alone, name) for name in ("once", "again"))
+    histories = [[e for e in one["history"] if "train_runtime" not in e] for one in (once, again)]
+    assert histories[0] == histories[1] and once["figures"]["steps"] == again["figures"]["steps"] == 11
+    assert far(weights(alone, "once"), weights(alone, "again")) == 0
+    timed = {"seconds", "data_wait_share"}
+    assert {k: v for k, v in once["figures"].items() if k not in timed} == {
+        k: v for k, v in again["figures"].items() if k not in timed
+    }
+    assert once["figures"]["positions"] > 1000
+
+
 def test_what_is_no_number_stops_all_ranks_and_names_samples(together: Path) -> None:
     poisoned = samples(26, seed=3, words=30)[5].id
     errors = [(together / f"poisoned-{rank}.error").read_text() for rank in range(2)]
@@ -221,7 +236,7 @@ def test_a_killed_rank_changes_nothing(tmp_path: Path, together: Path, pivot: Pa
     assert curve(folder, "zero2", "bits_per_byte") == curve(together, "zero2", "bits_per_byte")
     refused = {**saved, "zero": "zero3.json", "work": "zero2"}
     assert run(moved, 1, {"refused": refused, "zero2": saved}) == 0, (moved / "log").read_text()[-3000:]
-    said = "zero2-work holds checkpoints of 2 ranks, ZeRO-2 and this run has 1 ranks, ZeRO-3; "
+    said = "zero2-work holds checkpoints of 2 ranks, ZeRO-2, float32 and this run has 1 ranks, ZeRO-3, float32; "
     assert said in (moved / "refused-0.error").read_text()
     assert "checkpoint-6 of 2 ranks is divided anew for 1" in (moved / "log").read_text()
     assert curve(moved, "zero2") == pytest.approx(curve(together, "zero2"), rel=1e-5)

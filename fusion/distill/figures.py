@@ -24,7 +24,7 @@ class Figures:
         # per teacher, and for the positions that none teaches: positions, Σ fusion loss; last: positions, Σ label loss
         self._sums = torch.zeros((len(teachers) + 2, 2), dtype=torch.float64, device=device)
         self._all = np.zeros(self._sums.shape)
-        self._tokens = 0
+        self._tokens = 0.0
         self._waited = self._waited_in_all = self._spent_in_all = 0.0
         self._since = time.monotonic()
 
@@ -53,17 +53,26 @@ class Figures:
         spent = max(now - self._since, 1e-9)
         found = {
             **self._told(sums),
-            "tokens_per_second": round(cluster.world() * self._tokens / spent, 1),
+            "tokens_per_second": round(sum(cluster.gather(self._tokens)) / spent, 1),
             "data_wait_share": round(self._waited / spent, 5),
             "memory_gb": round(memory_gb(), 3),
         }
         self._waited_in_all += self._waited
         self._spent_in_all += spent
-        self._tokens, self._waited, self._since = 0, 0.0, now
+        self._tokens, self._waited, self._since = 0.0, 0.0, now
         return found
 
+    def sums(self) -> list[list[float]]:
+        """What all figures have come to, on all ranks together, to go on from; every rank must ask."""
+        found: np.ndarray = self._all + np.sum(cluster.gather(self._sums.cpu().numpy()), axis=0)
+        return [[float(value) for value in row] for row in found]
+
+    def go_on(self, sums: list[list[float]]) -> None:
+        """Begin with what `sums` said at a checkpoint."""
+        self._all = np.array(sums)
+
     def summary(self) -> dict[str, float]:
-        """Figures over all steps of this process; after a resume those before it are in the log history alone."""
+        """Figures over all steps; the share of time spent waiting, over those of this process."""
         self._gathered()
         spent = self._spent_in_all + time.monotonic() - self._since
         waited = (self._waited_in_all + self._waited) / max(spent, 1e-9)

@@ -20,7 +20,7 @@ def add_lora(model: Any, settings: Lora) -> None:
     except ImportError:
         raise ValueError("distill.lora: needs peft; pip install 'fusion[lora]'") from None
     modules = settings.modules if isinstance(settings.modules, str) else list(settings.modules)
-    head = model.get_output_embeddings()
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     try:
         model.add_adapter(
             LoraConfig(
@@ -36,6 +36,11 @@ def add_lora(model: Any, settings: Lora) -> None:
         raise ValueError(f"distill.lora.modules: {' '.join(str(error).split())[:200]}") from None
     if model.get_output_embeddings() is not head:
         raise ValueError("distill.lora.modules: the output head cannot be among them; leave it away")
+    if model.get_input_embeddings() is not embedding and model.config.get_text_config().tie_word_embeddings:
+        raise ValueError(
+            "distill.lora.modules: the embedding cannot be among them, its weights are the output head's too; "
+            "leave it away"
+        )
 
 
 def trained(model: Any) -> tuple[int, int]:

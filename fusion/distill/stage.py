@@ -31,7 +31,7 @@ def check(config: Config) -> None:
     share_batch(config.distill)
     if config.distill.lora is not None and importlib.util.find_spec("peft") is None:
         raise ValueError("distill.lora: needs peft; pip install 'fusion[lora]'")
-    zero = json.loads(Path(config.distill.deepspeed).read_text()).get("zero_optimization", {})
+    zero = json.loads(Path(config.distill.deepspeed).read_text()).get("zero_optimization") or {}
     if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
         raise ValueError(
             f"distill.deepspeed: {config.distill.deepspeed} would save no whole weights; "

@@ -5,6 +5,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from fusion import cluster, tracking
-from fusion.artifact import write_json
 from fusion.config import Distill
 from fusion.distill.arguments import arguments, label_weight_at, objective_of, steps_of, workers_of
 from fusion.distill.batch import Collator
-from fusion.distill.checkpoint import last_checkpoint, own_steps, seal
+from fusion.distill.checkpoint import finished, last_checkpoint, own_steps, seal
 from fusion.distill.dataset import FusionDataset
 from fusion.distill.figures import Figures, Progress
 from fusion.distill.lora import add_lora, trained
@@ -26,7 +26,6 @@ from fusion.distill.model import can_pack, check_head, fuse_head, shape_of, skip
 from fusion.distill.order import StepOrder
 from fusion.distill.validation import Validation
 
-BEST = "best"
 _NAMED = 5  # samples that an error names
 
 
@@ -52,11 +51,15 @@ def train(
         The trainer, whose `keep` every rank must call, and figures of the run.
 
     Raises:
-        ValueError: a batch size that cannot be shared out, an architecture whose logits are more than the head's own,
-            scaled or soft-capped, or a loss or gradient that is not finite.
+        ValueError: no samples, a batch size that cannot be shared out, an architecture whose logits are more than the
+            head's own, scaled or soft-capped, or a loss or gradient that is not finite.
     """
-    checkpoint, deepspeed = last_checkpoint(work, settings)
-    told = arguments(settings, deepspeed, seed, work, every)
+    if not len(dataset):
+        raise ValueError(
+            "distill: no sample is left to learn from: all are too long for the pivot; lower prepare.max_bytes"
+        )
+    begun = last_checkpoint(work, settings)
+    told = arguments(settings, begun.deepspeed, seed, work, every)
     model = load()
     shape = shape_of(model, len(dataset.renderer.table))
     if settings.lora is not None:
@@ -74,8 +77,11 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.begin(settings, shape, tracker, validation, steps)
+    if begun.sums is not None:
+        trainer.figures.go_on(begun.sums)
     start = time.monotonic()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with suppress(_Done):
+        trainer.train(resume_from_checkpoint=begun.checkpoint)
     learned, weights = trained(model)
     return trainer, {
         **trainer.figures.summary(),
@@ -86,10 +92,20 @@ def train(
     }
 
 
+class _Done(Exception):
+    """A checkpoint that was gone on from had all its steps behind it: Trainer would look only after one more."""
+
+
 def release(trainer: "FusionTrainer") -> None:
-    """Let go of a trainer's model and DeepSpeed state, so that the next target starts from nothing."""
+    """Let go of a trainer's workers, model and DeepSpeed state, so that the next target starts from nothing."""
     from accelerate.state import AcceleratorState
 
+    loader = trainer.callback_handler.train_dataloader
+    workers: Any = getattr(getattr(loader, "base_dataloader", loader), "_iterator", None)
+    if hasattr(workers, "_shutdown_workers"):  # they live as long as their iterator, which much refers to
+        workers._shutdown_workers()
+    trainer.callback_handler.train_dataloader = None
+    trainer.callback_handler.callbacks.clear()
     engine: Any = trainer.model_wrapped
     if hasattr(engine, "destroy"):
         engine.destroy()
@@ -112,7 +128,8 @@ class FusionTrainer(Trainer):
     ) -> None:
         """Set what is to be done beside the steps: checks, figures, evaluations."""
         self._settings, self._shape, self._tracker, self._validation = settings, shape, tracker, validation
-        self._steps = steps
+        self._steps, self._work = steps, Path(str(self.args.output_dir))
+        self._share = settings.label_weight
         self._names = [sample.id for sample in self._dataset.samples]
         self._read: list[torch.Tensor] = []  # numbers of the samples of this step
         self.figures = Figures([t.name for t in self._dataset.teachers], self.args.device)
@@ -133,7 +150,10 @@ class FusionTrainer(Trainer):
     ) -> tuple[list, torch.Tensor | int | None]:
         """The batches of a step, and the sum of the weights of all positions in them on all ranks together."""
         start = time.monotonic()
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        try:
+            batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        except ValueError as error:  # a worker's comes with its traceback as text
+            raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
         self.figures.waited(time.monotonic() - start)
         self._read = [batch["sample"] for batch in batches]
         whole = torch.tensor([sum(float(batch["weight"].sum()) for batch in batches)], device=self.args.device)
@@ -145,8 +165,8 @@ class FusionTrainer(Trainer):
         """This rank's part of the mean; DeepSpeed averages over ranks, so it is scaled by their number."""
         teacher, sample = inputs.pop("teacher"), inputs.pop("sample")
         tokens, confidence = int(inputs.pop("tokens")), inputs.pop("confidence")
-        share = label_weight_at(self._settings, self.state.global_step / max(self.state.max_steps, 1))
-        total, label_loss, fusion_loss = model(**inputs, label_weight=1 - (1 - share) * confidence)
+        self._share = label_weight_at(self._settings, self.state.global_step / max(self.state.max_steps, 1))
+        total, label_loss, fusion_loss = model(**inputs, label_weight=1 - (1 - self._share) * confidence)
         finite = torch.isfinite(total.detach()).float()
         if cluster.world() > 1:  # all ranks stop together, and none waits for one that is gone
             torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
@@ -168,7 +188,7 @@ class FusionTrainer(Trainer):
         found = sorted({int(n) for part in cluster.gather(samples.unique().tolist()) for n in part})
         shown = ", ".join(self._names[n] for n in found[:_NAMED])
         more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-        saved = sorted(Path(str(self.args.output_dir)).glob("checkpoint-*"), key=lambda p: int(p.name[11:]))
+        saved = finished(self._work)
         kept = f"{saved[-1]} is kept" if saved else "there is no checkpoint yet"
         return ValueError(
             f"distill: the {what} is not finite at step {self.state.global_step}, samples {shown}{more}; "
@@ -213,38 +233,47 @@ class FusionTrainer(Trainer):
         self.log(told)
         step, best = self.state.global_step, self.best() == (self.state.global_step, told["bits_per_byte"])
         if best and self._settings.keep == "best" and step < self._steps:
-            self._put_aside(step, mean)
+            self._put_aside(step)
         by_domain = ", ".join(f"{d} {value:.4f}" for d, value in found.items())
         tracking.say(f"  step {step}: bits per byte {mean:.4f} ({by_domain}){', the best so far' if best else ''}")
         self.figures.leave_out(time.monotonic() - start)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, told)
         return told
 
-    def _put_aside(self, step: int, bits: float) -> None:
-        folder = Path(str(self.args.output_dir)) / BEST
-        part = folder.with_name(BEST + ".part")
+    def _put_aside(self, step: int) -> None:
+        folder = self._aside(step)
+        part = folder.with_suffix(".part")
         cluster.on_main(lambda: shutil.rmtree(part, ignore_errors=True))
         self.save_model(str(part))
 
         def finish() -> None:
-            write_json(part / "measured.json", {"step": step, "bits_per_byte": bits})
             shutil.rmtree(folder, ignore_errors=True)
             part.rename(folder)
 
         cluster.barrier()
         cluster.on_main(finish)
 
+    def _aside(self, step: int) -> Path:
+        """Where the weights of a step are kept that was the best so far."""
+        return self._work / f"best-{step}"
+
     def seal(self) -> None:
-        """Call the checkpoint of this step finished."""
-        seal(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}", self._settings)
+        """Call the checkpoint of this step finished; only then what was best before it can go."""
+        seal(self._work / f"checkpoint-{self.state.global_step}", self._settings, self.figures.sums())
+        best = self.best()
+
+        def clear() -> None:
+            for folder in self._work.glob("best-*"):
+                if best is None or folder != self._aside(best[0]):
+                    shutil.rmtree(folder)
+
+        cluster.on_main(clear)
 
     def best(self) -> tuple[int, float] | None:
         """The step and the mean of the best evaluation, the first of equals; also of steps before a resume."""
         found = [(float(e["bits_per_byte"]), int(e["step"])) for e in self.state.log_history if "bits_per_byte" in e]
-        if not found:
-            return None
-        value, step = min((value if math.isfinite(value) else math.inf, step) for value, step in found)
-        return step, value
+        found = [(value, step) for value, step in found if math.isfinite(value)]
+        return None if not found else min(found)[::-1]
 
     def outcome(self) -> dict[str, float]:
         """Which step's weights are kept, and what they measured."""
@@ -253,9 +282,9 @@ class FusionTrainer(Trainer):
 
     def keep(self, folder: Path) -> None:
         """Save the weights that are kept: those of the best evaluation, or the last. Every rank must call it."""
-        aside = Path(str(self.args.output_dir)) / BEST
-        if self.outcome().get("best_step", self._steps) < self._steps:
-            cluster.on_main(lambda: _copy(aside, folder))
+        step = int(self.outcome().get("best_step", self._steps))
+        if step < self._steps:
+            cluster.on_main(lambda: shutil.copytree(self._aside(step), folder, dirs_exist_ok=True))
         else:
             self.save_model(str(folder))
 
@@ -263,14 +292,9 @@ class FusionTrainer(Trainer):
         """Add this step's own figures, summed over ranks, and pass all of them on."""
         if "loss" in logs:
             logs |= self.figures.take()
-            share = label_weight_at(self._settings, self.state.global_step / max(self.state.max_steps, 1))
-            logs["label_weight"] = round(share, 5)
+            logs["label_weight"] = round(self._share, 5)
             self._tracker.log(logs, self.state.global_step)
         super().log(logs, start_time)
-
-
-def _copy(found: Path, to: Path) -> None:
-    shutil.copytree(found, to, dirs_exist_ok=True, ignore=shutil.ignore_patterns("measured.json"))
 
 
 class _Watch(TrainerCallback):
@@ -282,6 +306,8 @@ class _Watch(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The engine is there, and no step was done."""
         own_steps(self._trainer.model_wrapped)
+        if state.global_step >= state.max_steps:
+            raise _Done
         start = time.monotonic()
         self._trainer.check_model()
         self._trainer.figures.leave_out(time.monotonic() - start)
