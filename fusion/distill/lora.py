@@ -21,17 +21,18 @@ def add_lora(model: Any, settings: Lora) -> None:
         raise ValueError("distill.lora: needs peft; pip install 'fusion[lora]'") from None
     modules = settings.modules if isinstance(settings.modules, str) else list(settings.modules)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    asked = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=modules,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's
+        task_type="CAUSAL_LM",
+    )
     try:
-        model.add_adapter(
-            LoraConfig(
-                r=settings.rank,
-                lora_alpha=settings.alpha,
-                lora_dropout=settings.dropout,
-                target_modules=modules,
-                fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's
-                task_type="CAUSAL_LM",
-            )
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Model has `tie_word_embeddings", UserWarning)  # it is refused below
+            model.add_adapter(asked)
     except ValueError as error:
         raise ValueError(f"distill.lora.modules: {' '.join(str(error).split())[:200]}") from None
     if model.get_output_embeddings() is not head:
