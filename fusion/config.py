@@ -73,6 +73,10 @@ SAMPLERS = {  # the settings that each sampler asks
 }
 
 
+EXACT_SAMPLERS = ("top_k", "nucleus")  # the others are right on average, in what is linear in a draw
+NOT_LINEAR = ("reverse_kl", "jsd")  # divergences that are not linear in the teacher's probabilities
+
+
 @dataclass(frozen=True, config=_STRICT)
 class Capture:
     """What is kept of each source's next-token distributions."""
@@ -169,7 +173,7 @@ class Distill:
     too_long: Literal["refuse", "skip"] = "refuse"
 
     def __post_init__(self) -> None:
-        if self.divergence in ("reverse_kl", "jsd") and self.missing_mass == "drop":
+        if self.divergence in NOT_LINEAR and self.missing_mass == "drop":
             raise ValueError(
                 f"distill.missing_mass: drop will not do with divergence {self.divergence}: the student would do best "
                 "to leave the entries; set ghost or renormalise"
@@ -259,9 +263,9 @@ class Config:
                 f"distill.weights: {silent[0]} has none, and a target of its own that would learn from labels alone; "
                 "give it one, leave the source away, or set distill.topology: joint"
             )
-        drawn = self.capture.sampler not in ("top_k", "nucleus")
+        drawn = self.capture.sampler not in EXACT_SAMPLERS
         teach = [*self.sources, *([self.pivot] if self.distill.pivot == "teach" else [])]
-        if self.distill.divergence in ("reverse_kl", "jsd") and drawn and any(m.cache is None for m in teach):
+        if self.distill.divergence in NOT_LINEAR and drawn and any(m.cache is None for m in teach):
             raise ValueError(
                 f"distill.divergence: {self.distill.divergence} will not do with capture.sampler "
                 f"{self.capture.sampler}: draws are right on average only in what is linear in them; "

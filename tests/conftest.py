@@ -22,6 +22,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from fusion.tokens.render import Renderer
+
 torch.set_num_threads(1)
 settings.register_profile("house", deadline=None, derandomize=True, database=None)
 settings.load_profile("house")
@@ -84,6 +86,18 @@ def sentencepiece_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrai
     backend.add_special_tokens(controls)
     folder = tmp_path_factory.mktemp("sentencepiece")
     return _loaded(folder, backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def level(byte_level_tokenizer: PreTrainedTokenizerFast) -> Renderer:
+    """The first as the house reads with it."""
+    return Renderer(byte_level_tokenizer, "level")
+
+
+@pytest.fixture(scope="session")
+def piece(sentencepiece_tokenizer: PreTrainedTokenizerFast) -> Renderer:
+    """The second."""
+    return Renderer(sentencepiece_tokenizer, "piece")
 
 
 @pytest.fixture(scope="session")

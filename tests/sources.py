@@ -50,6 +50,24 @@ def heard(
     return Heard(ids, places, carries, told, entries or none, rendered.content_bytes)
 
 
+def row_of(
+    sample: Sample, r: Rendered, logp: np.ndarray, kept: np.ndarray, entry_ids: np.ndarray, entry_logp: np.ndarray
+) -> dict[str, Any]:
+    """A cache row: of each position that carries loss the log-probability and the count of its entries; all entries."""
+    at = np.flatnonzero(r.carries)
+    return {
+        "id": sample.id,
+        "content_bytes": r.content_bytes,
+        "tokens": r.ids[at + 1],
+        "boundary": r.boundary[at].astype(np.int32),
+        "carries": r.carries[at],
+        "logp": logp,
+        "kept": kept.astype(np.uint16),
+        "entry_ids": entry_ids.astype(np.int32),
+        "entry_logp": entry_logp.astype(np.float16),
+    }
+
+
 def invented(renderer: Renderer, samples: Sequence[Sample], seed: int, logp: float = -1.0, k: int = 5) -> Rows:
     """Cache rows of a source that says something at random, 0 to k entries a position, and is as sure as told."""
     random, rows = np.random.default_rng(seed), []
@@ -59,19 +77,8 @@ def invented(renderer: Renderer, samples: Sequence[Sample], seed: int, logp: flo
         kept = random.integers(0, k + 1, len(at))
         ids = [random.permutation(len(renderer.table))[:n] for n in kept]
         probs = [np.sort(random.dirichlet(np.ones(n + 1)))[::-1][:n] for n in kept]
-        rows.append(
-            {
-                "id": sample.id,
-                "content_bytes": r.content_bytes,
-                "tokens": r.ids[at + 1],
-                "boundary": r.boundary[at].astype(np.int32),
-                "carries": r.carries[at],
-                "logp": np.full(len(at), logp, dtype=np.float32),
-                "kept": kept.astype(np.uint16),
-                "entry_ids": np.concatenate([[], *ids]).astype(np.int32),
-                "entry_logp": np.log(np.concatenate([[], *probs])).astype(np.float16),
-            }
-        )
+        said = np.full(len(at), logp, dtype=np.float32)
+        rows.append(row_of(sample, r, said, kept, np.concatenate([[], *ids]), np.log(np.concatenate([[], *probs]))))
     return rows
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from scipy.sparse import csr_array
-from sources import CONTENTS, SAMPLES, TEXTS, Rows, entries, held, invented, plain, said_by_hand, same, taught
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from sources import CONTENTS, SAMPLES, TEXTS, Rows, entries, held, invented, plain, row_of, said_by_hand, same, taught
+from transformers import AutoModelForCausalLM
 
 from fusion.align import vocabulary
 from fusion.align.follow import Follower
@@ -20,17 +20,6 @@ from fusion.distill.gate import Gating, choose
 from fusion.distill.loss import Targets, sparse_cross_entropy
 from fusion.records import Carries, Heard, Message, Sample, Sparse
 from fusion.tokens.render import Renderer
-
-
-@pytest.fixture(scope="module")
-def level(byte_level_tokenizer: PreTrainedTokenizerFast) -> Renderer:
-    return Renderer(byte_level_tokenizer, "level")
-
-
-@pytest.fixture(scope="module")
-def piece(sentencepiece_tokenizer: PreTrainedTokenizerFast) -> Renderer:
-    return Renderer(sentencepiece_tokenizer, "piece")
-
 
 # ---------------------------------------------------------------- the dataset
 
@@ -195,18 +184,9 @@ def test_a_model_teaches_itself_nothing(
         ids = torch.from_numpy(r.ids).long()
         with torch.no_grad():
             kept = top_k(model(ids[None]).logits[0, at], ids[at + 1], len(renderer.table))
+        each = np.full(len(at), kept.ids.shape[1])
         rows.append(
-            {
-                "id": sample.id,
-                "content_bytes": r.content_bytes,
-                "tokens": r.ids[at + 1],
-                "boundary": r.boundary[at].astype(np.int32),
-                "carries": r.carries[at],
-                "logp": kept.next_logp.numpy(),
-                "kept": np.full(len(at), kept.ids.shape[1], dtype=np.uint16),
-                "entry_ids": kept.ids.numpy().astype(np.int32).ravel(),
-                "entry_logp": kept.logp.numpy().astype(np.float16).ravel(),
-            }
+            row_of(sample, r, kept.next_logp.numpy(), each, kept.ids.numpy().ravel(), kept.logp.numpy().ravel())
         )
     projector = Follower(same(renderer).map, 4) if followed else same(renderer)
     own = Teacher("own", held(rows), projector)

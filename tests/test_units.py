@@ -23,24 +23,12 @@ from sources import (
     taught,
     weigh,
 )
-from transformers import PreTrainedTokenizerFast
 
 from fusion.align import vocabulary
 from fusion.distill.dataset import FusionDataset, Teacher
 from fusion.distill.gate import Gate, Gating, Level
 from fusion.records import Heard, Sample, Sparse
 from fusion.tokens.render import Renderer
-
-
-@pytest.fixture(scope="module")
-def level(byte_level_tokenizer: PreTrainedTokenizerFast) -> Renderer:
-    return Renderer(byte_level_tokenizer, "level")
-
-
-@pytest.fixture(scope="module")
-def piece(sentencepiece_tokenizer: PreTrainedTokenizerFast) -> Renderer:
-    return Renderer(sentencepiece_tokenizer, "piece")
-
 
 TALKS = (TEXTS[0], chat("It is a day.", " a café", "no"), chat("a", "The cat sat"), TEXTS[3])
 NAMES = "abcdef"

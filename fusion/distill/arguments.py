@@ -1,5 +1,6 @@
 """The config's settings as `transformers.TrainingArguments`, and how a step's samples are shared out."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,11 @@ def workers_of(settings: Distill) -> int:
     if settings.workers == "auto":
         return 2 if torch.cuda.is_available() else 1
     return int(settings.workers)
+
+
+def deepspeed_of(settings: Distill) -> dict[str, Any]:
+    """What the DeepSpeed file says."""
+    return dict(json.loads(Path(settings.deepspeed).read_text()))
 
 
 def objective_of(settings: Distill) -> Objective:

@@ -11,6 +11,7 @@ import torch
 from fusion import cluster, tracking
 from fusion.artifact import write_json
 from fusion.config import Distill
+from fusion.distill.arguments import deepspeed_of
 
 LAYOUT = "layout.json"  # a checkpoint that has one was written to its end, by all ranks
 
@@ -32,8 +33,7 @@ class Begun:
 
 def layout(settings: Distill) -> dict[str, Any]:
     """What DeepSpeed divides a checkpoint by, and what its numbers are."""
-    told = json.loads(Path(settings.deepspeed).read_text())
-    zero = int((told.get("zero_optimization") or {}).get("stage", 0))
+    zero = int((deepspeed_of(settings).get("zero_optimization") or {}).get("stage", 0))
     dtype = cluster.precision(settings.dtype)
     return {"ranks": cluster.world(), "zero": zero, "lora": settings.lora is not None, "dtype": dtype}
 
@@ -61,7 +61,7 @@ def last_checkpoint(work: Path, settings: Distill) -> Begun:
     found, moved, sums = cluster.on_main(lambda: _find(work, layout(settings)))
     if not moved:
         return Begun(found, settings.deepspeed, sums)
-    told = json.loads(Path(settings.deepspeed).read_text())
+    told = deepspeed_of(settings)
     return Begun(found, {**told, "checkpoint": {**told.get("checkpoint", {}), "load_universal": True}}, sums)
 
 

@@ -1,7 +1,6 @@
 """Distill: one target from the pivot, taught by one source (pairwise), all of them (joint) or none (control)."""
 
 import importlib.util
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from fusion.align.map import Map
 from fusion.align.projector import Projector, projector
 from fusion.artifact import Artifact
 from fusion.capture.cache import Cache
-from fusion.config import Config
+from fusion.config import EXACT_SAMPLERS, NOT_LINEAR, Config
 from fusion.corpus import Corpus
 from fusion.distill.dataset import FusionDataset, Teacher
 from fusion.distill.gate import Gating
@@ -26,12 +25,12 @@ def check(config: Config) -> None:
     Raises:
         ValueError: a batch size that the ranks cannot share, or a DeepSpeed file that would save no weights.
     """
-    from fusion.distill.arguments import share_batch
+    from fusion.distill.arguments import deepspeed_of, share_batch
 
     share_batch(config.distill)
     if config.distill.lora is not None and importlib.util.find_spec("peft") is None:
         raise ValueError("distill.lora: needs peft; pip install 'fusion[lora]'")
-    zero = json.loads(Path(config.distill.deepspeed).read_text()).get("zero_optimization") or {}
+    zero = deepspeed_of(config.distill).get("zero_optimization") or {}
     if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
         raise ValueError(
             f"distill.deepspeed: {config.distill.deepspeed} would save no whole weights; "
@@ -102,7 +101,7 @@ def teacher(name: str, inputs: Mapping[str, Path], config: Config, target: Rende
     """
     cache, folder = Cache(inputs[f"cache/{name}"], name=name), inputs.get(f"map/{name}")
     wanted, sampler = config.distill.divergence, cache.facts["sampler"]
-    if folder is not None and wanted in ("reverse_kl", "jsd") and sampler not in ("top_k", "nucleus"):
+    if folder is not None and wanted in NOT_LINEAR and sampler not in EXACT_SAMPLERS:
         raise ValueError(
             f"distill.divergence: {wanted} will not do with the cache of {name}, whose sampler is {sampler}: draws are "
             "right on average only in what is linear in them; capture it with top_k or nucleus"

@@ -130,7 +130,6 @@ class FusionTrainer(Trainer):
         self._settings, self._shape, self._tracker, self._validation = settings, shape, tracker, validation
         self._steps, self._work = steps, Path(str(self.args.output_dir))
         self._share = settings.label_weight
-        self._names = [sample.id for sample in self._dataset.samples]
         self._read: list[torch.Tensor] = []  # numbers of the samples of this step
         self.figures = Figures([t.name for t in self._dataset.teachers], self.args.device)
         self.add_callback(_Watch(self))
@@ -171,8 +170,9 @@ class FusionTrainer(Trainer):
         if cluster.world() > 1:  # all ranks stop together, and none waits for one that is gone
             torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
         if not finite:
-            broken = sample[~torch.isfinite(label_loss + fusion_loss)] if not torch.isfinite(total) else sample[:0]
-            raise self._stop("loss", broken if len(broken) or torch.isfinite(total) else sample)
+            broken = sample[~torch.isfinite(label_loss + fusion_loss)]
+            here = sample[:0] if torch.isfinite(total) else broken if len(broken) else sample
+            raise self._stop("loss", here)
         self.figures.add(teacher, label_loss, fusion_loss, tokens)
         loss = total * cluster.world() / num_items_in_batch
         return (loss, {}) if return_outputs else loss
@@ -186,7 +186,7 @@ class FusionTrainer(Trainer):
     def _stop(self, what: str, samples: torch.Tensor) -> ValueError:
         """The error for all ranks, with the ids of the samples on any of them."""
         found = sorted({int(n) for part in cluster.gather(samples.unique().tolist()) for n in part})
-        shown = ", ".join(self._names[n] for n in found[:_NAMED])
+        shown = ", ".join(self._dataset.samples[n].id for n in found[:_NAMED])
         more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
         saved = finished(self._work)
         kept = f"{saved[-1]} is kept" if saved else "there is no checkpoint yet"
