@@ -11,17 +11,18 @@ from fusion.compiled import compiled
 
 
 @compiled
-def _drawn(place: np.uint64, low_key: np.uint32, high_key: np.uint32) -> np.uint32:
+def _drawn(low: np.uint32, low_key: np.uint32, high: np.uint32) -> np.uint32:
     """24 bits for a place in a tensor: a hash of key and place.
 
-    Three rounds of a 32-bit multiply and shift (C. Wellons' triple32), with the upper half of the place in the key.
-    numba widens each step to 64 bits, so each is cut back.
+    Three rounds of a 32-bit multiply and shift (C. Wellons' triple32). `low`: the lower half of the place; `high`: its
+    upper half and that of the key, summed, which the caller's loop over places has made once, or else there are no
+    vectors. numba widens each step to 64 bits, so each is cut back.
     """
-    h = np.uint32(np.uint32(place) ^ np.uint32(low_key))
+    h = np.uint32(low ^ low_key)
     h = np.uint32(h ^ (h >> np.uint32(17)))
     h = np.uint32(h * np.uint32(0xED5AD4BB))
     h = np.uint32(h ^ (h >> np.uint32(11)))
-    h = np.uint32(h + np.uint32(high_key) + np.uint32(place >> np.uint64(32)))
+    h = np.uint32(h + high)
     h = np.uint32(h * np.uint32(0xAC4C1B51))
     h = np.uint32(h ^ (h >> np.uint32(15)))
     h = np.uint32(h * np.uint32(0x31848BAB))
@@ -35,10 +36,36 @@ def draw(start: int, keys: NDArray, limits: NDArray, kept: NDArray) -> None:
 
     `keys`: (K, 2) uint32, `limits`: (K,) uint32 of 2^24.
     """
-    for k in range(kept.shape[0]):
-        row, low, high, limit = kept[k], keys[k, 0], keys[k, 1], limits[k]
-        for i in range(row.shape[0]):
-            row[i] = _drawn(np.uint64(start + i), low, high) < limit
+    size, begin = kept.shape[1], 0
+    while begin < size:
+        end = _alike(start, begin, size)
+        first = np.uint32(start + begin)
+        for k in range(kept.shape[0]):
+            row, low, limit = kept[k, begin:end], keys[k, 0], limits[k]
+            high = np.uint32(keys[k, 1] + np.uint32((start + begin) >> 32))
+            for i in range(end - begin):
+                row[i] = _drawn(np.uint32(first + np.uint32(i)), low, high) < limit
+        begin = end
+
+
+@compiled
+def _draws(start: int, key: NDArray, drawn: NDArray) -> None:
+    """What is drawn for the places from `start` on, into `drawn` (n,) int32."""
+    size, begin = drawn.shape[0], 0
+    while begin < size:
+        end = _alike(start, begin, size)
+        first, low = np.uint32(start + begin), key[0]
+        high = np.uint32(key[1] + np.uint32((start + begin) >> 32))
+        row = drawn[begin:end]
+        for i in range(end - begin):
+            row[i] = np.int32(_drawn(np.uint32(first + np.uint32(i)), low, high))
+        begin = end
+
+
+@compiled
+def _alike(start: int, begin: int, size: int) -> int:
+    """Up to where, of `size` places from `start`, those from `begin` on share their upper half."""
+    return min(size, begin + (1 << 32) - (start + begin & 0xFFFFFFFF))
 
 
 @compiled
@@ -114,25 +141,30 @@ def _ranks(keys: NDArray, short: NDArray, packed: NDArray, spare: NDArray, count
 
 @compiled
 def sample(
-    deltas: NDArray, row: int, start: int, keys: NDArray, least: NDArray, steps: NDArray, inverse: bool, out: NDArray
+    values: NDArray, row: int, start: int, keys: NDArray, least: NDArray, steps: NDArray, inverse: bool, out: NDArray
 ) -> None:
-    """1, or 1/p with `inverse`, where what is drawn is below p = least_k + rank · steps_k, else 0; (K, B) into `out`.
+    """Whether what is drawn is below p = least_k + rank · steps_k, or with `inverse` 1/p there and else 0, into `out`.
 
-    `deltas`: (K, B) of whole rows of `row` elements, in which |δ| as float32 ranks. `start`, `keys`: as `draw` takes
-    them. `least`, `steps`: (K,) float64.
+    `values` (R, B), the base and the models, of whole rows of `row` elements, in which |θ_k − θ₀| as float32 ranks.
+    `start`, `keys`: as `draw` takes them. `least`, `steps`: (K,) float64. `out`: (K, B), bool without `inverse`.
     """
     magnitude, short, ranks = np.empty(row, np.float32), np.empty(row, np.uint32), np.empty(row, np.uint32)
     packed, spare, counts = np.empty(row, np.uint64), np.empty(row, np.uint64), np.empty((6, 2048), np.uint32)
-    kind = deltas.dtype.type
-    for k in range(deltas.shape[0]):
-        low, high, first, step = keys[k, 0], keys[k, 1], least[k], steps[k]
-        for begin in range(0, deltas.shape[1], row):
-            those, into = deltas[k, begin : begin + row], out[k, begin : begin + row]
+    kind = out.dtype.type
+    drawn = np.empty(row, np.int32)
+    for k in range(out.shape[0]):
+        first, step = least[k], steps[k]
+        for begin in range(0, out.shape[1], row):
+            base, those, into = (
+                values[0, begin : begin + row],
+                values[k + 1, begin : begin + row],
+                out[k, begin : begin + row],
+            )
             for i in range(row):
-                magnitude[i] = np.float32(abs(those[i]))
+                magnitude[i] = np.float32(abs(those[i] - base[i]))
+            _draws(start + begin, keys[k], drawn)
             _ranks(magnitude.view(np.uint32), short, packed, spare, counts, ranks)
             for i in range(row):
                 p = first + np.float64(np.int32(ranks[i])) * step
-                drawn = np.float64(np.int32(_drawn(np.uint64(start + begin + i), low, high)))
-                factor = kind(np.divide(1.0, p)) if inverse else kind(1)  # unlike /, it asks for no 0: no branch
-                into[i] = factor if drawn < p * 16777216.0 else kind(0)
+                kept = np.float64(drawn[i]) < p * 16777216.0
+                into[i] = kind((np.divide(1.0, p) if kept else 0.0) if inverse else kept)  # / would have a branch

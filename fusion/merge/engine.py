@@ -28,7 +28,7 @@ from fusion import cluster
 from fusion.merge.facts import Facts, report
 from fusion.merge.jobs import STORAGE, Job, Layout, numel
 from fusion.merge.layout import lay_out
-from fusion.merge.lazy import torch
+from fusion.merge.lazy import kernels, torch
 from fusion.merge.methods import Block, get_method
 from fusion.merge.methods.base import block_elements
 from fusion.merge.pools import TensorReport
@@ -268,15 +268,20 @@ class _Run:
             raise
 
 
-def _stored(values: Any, job: Job) -> Any:
+def _stored(values: Any, job: Job) -> NDArray[Any]:
     """Merged numbers in the type to write; ValueError where they do not fit."""
-    dtype = getattr(torch, job.dtype)
-    if values.numel():
-        low, high = torch.aminmax(values)
-        if not max(-low.item(), high.item()) <= torch.finfo(dtype).max:  # what is not a number is not smaller either
-            raise ValueError(f"{job.name}: the merged weights do not fit {job.dtype}; set dtype: float32")
-    cast = values.to(dtype).cpu().contiguous()
-    return (cast.view(torch.uint16) if job.dtype == "bfloat16" else cast).numpy()
+    if job.dtype == "bfloat16" and values.dtype == torch.float32 and values.is_cpu:
+        stored: NDArray[Any] = np.empty(values.numel(), np.uint16)
+        fits = kernels.narrow(values.contiguous().numpy(), stored)
+    else:
+        dtype = getattr(torch, job.dtype)
+        low, high = torch.aminmax(values) if values.numel() else (values.sum(), values.sum())
+        fits = max(-low.item(), high.item()) <= torch.finfo(dtype).max  # what is not a number is not smaller either
+        cast = values.to(dtype).cpu().contiguous()
+        stored = (cast.view(torch.uint16) if job.dtype == "bfloat16" else cast).numpy()
+    if not fits:
+        raise ValueError(f"{job.name}: the merged weights do not fit {job.dtype}; set dtype: float32")
+    return stored
 
 
 def _held_bytes(job: Job) -> int:

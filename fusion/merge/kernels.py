@@ -12,28 +12,57 @@ from numpy.typing import NDArray
 from fusion.compiled import compiled
 
 STRETCH = 1024
+_INFINITE = np.uint32(0x7F800000)  # the exponent of what is not finite
 
 
 @compiled
-def count_high(keys: NDArray, counts: NDArray) -> None:
-    """Add to `counts` (R, 32769) the high 16 bits of `keys` (R, B), the bits of numbers ≥ 0; zeros come last."""
-    for row in range(keys.shape[0]):
-        for i in range(keys.shape[1]):
-            key = keys[row, i]
-            counts[row, key >> 16] += 1
-            if key == 0:
-                counts[row, 32768] += 1
+def widen(stored: NDArray, out: NDArray) -> bool:
+    """bfloat16 as its bits, (B,) uint16, into `out` (B,) float32; whether all of it is finite."""
+    bits, most = out.view(np.uint32), np.uint32(0)
+    for i in range(stored.shape[0]):
+        wide = np.uint32(stored[i]) << np.uint32(16)
+        bits[i] = wide
+        most = max(most, np.uint32(wide & _INFINITE))
+    return bool(most < _INFINITE)
 
 
 @compiled
-def count_low(keys: NDArray, high: NDArray, counts: NDArray) -> None:
-    """Add to `counts` (R, 65536) the low 16 bits of the keys whose high bits are those of their row, `high` (R,)."""
-    for row in range(keys.shape[0]):
-        wanted = high[row]
-        for i in range(keys.shape[1]):
-            key = keys[row, i]
-            if key >> 16 == wanted:
-                counts[row, key & 0xFFFF] += 1
+def narrow(values: NDArray, out: NDArray) -> bool:
+    """Float32 (B,) as the bits of the nearest bfloat16, of two the even one, (B,) uint16; whether all are finite."""
+    bits, most = values.view(np.uint32), np.uint32(0)
+    for i in range(bits.shape[0]):
+        rounded = np.uint32(bits[i] + np.uint32(0x7FFF) + ((bits[i] >> np.uint32(16)) & np.uint32(1)))
+        out[i] = np.uint16(rounded >> np.uint32(16))
+        most = max(most, np.uint32(rounded & _INFINITE), np.uint32(bits[i] & _INFINITE))
+    return bool(most < _INFINITE)
+
+
+@compiled
+def weighted(values: NDArray, weights: NDArray, out: NDArray) -> None:
+    """Σ w_k x_k of the rows of `values` (K, B) into `out` (B,), summed in their order; `weights` (K,)."""
+    for start in range(0, out.shape[0], STRETCH):
+        count = min(STRETCH, out.shape[0] - start)
+        total = out[start : start + count]
+        total[:] = values.dtype.type(0)
+        for k in range(weights.shape[0]):
+            row, weight = values[k, start : start + count], weights[k]
+            for i in range(count):
+                total[i] += weight * row[i]
+
+
+@compiled
+def updated(values: NDArray, weights: NDArray, out: NDArray) -> None:
+    """θ₀ + Σ w_k (θ_k − θ₀) into `out` (B,), summed in order; `values` (R, B) as above, `weights` (K,)."""
+    for start in range(0, out.shape[0], STRETCH):
+        count = min(STRETCH, out.shape[0] - start)
+        base, total = values[0, start : start + count], out[start : start + count]
+        total[:] = values.dtype.type(0)
+        for k in range(weights.shape[0]):
+            row, weight = values[k + 1, start : start + count], weights[k]
+            for i in range(count):
+                total[i] += weight * (row[i] - base[i])
+        for i in range(count):
+            total[i] += base[i]
 
 
 @compiled
@@ -46,6 +75,7 @@ def elect(values: NDArray, votes: NDArray, weights: NDArray, by_count: bool, tot
     models, size = values.shape
     dropped = np.zeros(models, np.int64)
     sums = np.empty(STRETCH, values.dtype)
+    tallies = np.zeros((models, STRETCH), np.int32)
     zero = values.dtype.type(0)
     for start in range(0, size, STRETCH):
         count = min(STRETCH, size - start)
@@ -64,16 +94,16 @@ def elect(values: NDArray, votes: NDArray, weights: NDArray, by_count: bool, tot
         sub_total[:] = zero
         sub_mass[:] = zero
         for k in range(models):
-            weight = weights[k]
+            weight, lost = weights[k], tallies[k]
             row = values[k, start : start + count]
-            lost = 0
             for i in range(count):
                 x = row[i]
                 ours = x > zero if sums[i] >= zero else x < zero
                 sub_total[i] += weight * x if ours else zero
                 sub_mass[i] += weight if ours else zero
-                lost += 1 if (x != zero and not ours) else 0
-            dropped[k] += lost
+                lost[i] += x != zero and not ours
+    for k in range(models):
+        dropped[k] = tallies[k].sum()
     return dropped
 
 
@@ -139,91 +169,8 @@ def account(values: NDArray, products: NDArray) -> tuple[int, int]:
 
 
 @compiled
-def count_magnitudes(values: NDArray, prefix: NDArray, shift: int, width: int, counts: NDArray, zeros: NDArray) -> None:
-    """Add to `counts` (K, 2^width) the bits from `shift` of |θ_k − θ₀| as float32 where those above are `prefix` (K,).
-
-    `values` (R, B) begins with the base, and the models follow. `zeros` (K,) grows by how many are 0.
-    """
-    size, last = values.shape[1], (1 << width) - 1
-    magnitude = np.empty(STRETCH, np.float32)
-    bits = magnitude.view(np.int32)
-    for start in range(0, size, STRETCH):
-        count = min(STRETCH, size - start)
-        base = values[0, start : start + count]
-        for k in range(counts.shape[0]):
-            row, own, wanted, still = values[k + 1, start : start + count], counts[k], prefix[k], 0
-            for i in range(count):
-                magnitude[i] = np.float32(abs(row[i] - base[i]))
-                still += row[i] == base[i]
-            zeros[k] += still
-            for i in range(count):
-                key = bits[i] >> shift
-                if key >> width == wanted:
-                    own[key & last] += 1
-
-
-@compiled
-def count_lows(values: NDArray, models: NDArray, high: NDArray, counts: NDArray) -> None:
-    """Add to `counts` (W, 65536) the low 16 bits of |θ_k − θ₀| as float32 where the high ones are those wanted.
-
-    For W of `models`, each with the `high` bits wanted, (W,); `values` (R, B) as above.
-    """
-    size = values.shape[1]
-    magnitude, lows = np.empty(STRETCH, np.float32), np.empty(STRETCH + 1, np.uint16)
-    bits = magnitude.view(np.int32)
-    for start in range(0, size, STRETCH):
-        count = min(STRETCH, size - start)
-        base = values[0, start : start + count]
-        for w in range(models.shape[0]):
-            row, own, wanted, found = values[models[w] + 1, start : start + count], counts[w], high[w], 0
-            for i in range(count):
-                magnitude[i] = np.float32(abs(row[i] - base[i]))
-            for i in range(count):  # gathered without a branch, which would be guessed wrongly half of the time
-                key = bits[i]
-                lows[found] = np.uint16(key & 0xFFFF)
-                found += (key >> 16) == wanted
-            for i in range(found):
-                own[lows[i]] += 1
-
-
-@compiled
-def count_equal(values: NDArray, models: NDArray, thresholds: NDArray) -> NDArray:
-    """How many |θ_k − θ₀| of W of the models are their threshold, (W,) float32; `values` (R, B) as above."""
-    found = np.zeros(models.shape[0], np.int64)
-    base = values[0]
-    for w in range(models.shape[0]):
-        row, wanted, equal = values[models[w] + 1], thresholds[w], 0
-        for i in range(row.shape[0]):
-            equal += np.float32(abs(row[i] - base[i])) == wanted
-        found[w] = equal
-    return found
-
-
-@compiled
-def above(deltas: NDArray, limits: NDArray, windows: NDArray, drop: bool, kept: NDArray) -> None:
-    """Whether |δ| as float32 is above a row's limit, into `kept` (K, B) bool; with `drop` these are taken out of it.
-
-    `limits`: (K, 2) float32, the second one within the row's window, `windows` (K, 2), the first one outside.
-    """
-    size = deltas.shape[1]
-    for k in range(deltas.shape[0]):
-        for part in range(3):
-            start = 0 if part == 0 else windows[k, part - 1]
-            end = size if part == 2 else windows[k, part]
-            limit = limits[k, part % 2]
-            row, into = deltas[k, start:end], kept[k, start:end]
-            if drop:
-                for i in range(row.shape[0]):
-                    into[i] = into[i] & (np.float32(abs(row[i])) <= limit)
-            else:
-                for i in range(row.shape[0]):
-                    into[i] = np.float32(abs(row[i])) > limit
-
-
-@compiled
 def settle(
-    base: NDArray,
-    deltas: NDArray,
+    values: NDArray,
     factors: NDArray,
     scales: NDArray,
     weights: NDArray,
@@ -234,32 +181,32 @@ def settle(
 ) -> NDArray:
     """θ₀ + `scale` times what the y_k = w_k · s_k · f_k · δ_k come to, into `out` (B,).
 
-    `base` (B,), `deltas` and factors f (K, B), `scales` s and `weights` w (K,). With `vote` 0 it is Σ y_k. With 1 or 2
-    the sum of those whose sign is that of Σ y_k, or of Σ sign(y_k): 0 counts as +, and a y of 0 has no sign. Unless
-    `floor` is negative that is divided by their Σ w_k, where its size is above `floor`. Gives how many f_k · δ_k are
-    not 0, and how many y_k were dropped for their sign, (2, K) int64.
+    `values` (R, B) begins with the base, and the models follow; factors f (K, B), `scales` s and `weights` w (K,).
+    With `vote` 0 it is Σ y_k. With 1 or 2 the sum of those whose sign is that of Σ y_k, or of Σ sign(y_k): 0 counts as
+    +, and a y of 0 has no sign. Unless `floor` is negative that is divided by their Σ w_k, where its size is above
+    `floor`. Gives how many f_k · δ_k are not 0, and how many y_k were dropped for their sign, (2, K) int64.
     """
-    models, size = deltas.shape
+    models, size = factors.shape
     counts = np.zeros((2, models), np.int64)
-    kind = deltas.dtype.type
+    kind = values.dtype.type
     zero, one, least, times = kind(0), kind(1), kind(floor), kind(scale)
-    y = np.empty((models, STRETCH), deltas.dtype)
-    sums = np.empty((3, STRETCH), deltas.dtype)
+    y = np.empty((models, STRETCH), values.dtype)
+    sums = np.empty((3, STRETCH), values.dtype)
     total, votes, mass = sums[0], sums[1], sums[2]
+    tallies = np.zeros((2, models, STRETCH), np.int32)  # a count of 64 bits would halve the width of the vectors
     for start in range(0, size, STRETCH):
         count = min(STRETCH, size - start)
-        origin, into = base[start : start + count], out[start : start + count]
+        origin, into = values[0, start : start + count], out[start : start + count]
         total[:], votes[:], mass[:] = zero, zero, zero
         for k in range(models):
-            row, factor, own = deltas[k, start : start + count], factors[k, start : start + count], y[k]
-            by, kept = weights[k] * scales[k], 0
+            row, factor, own = values[k + 1, start : start + count], factors[k, start : start + count], y[k]
+            by, kept = weights[k] * scales[k], tallies[0, k]
             for i in range(count):
-                x = row[i] * kind(factor[i])
-                kept += x != zero
+                x = (row[i] - origin[i]) * kind(factor[i])
+                kept[i] += x != zero
                 x *= by
                 own[i] = x
                 total[i] += x
-            counts[0, k] += kept
             if vote == 2:
                 for i in range(count):
                     votes[i] += one if own[i] > zero else (-one if own[i] < zero else zero)
@@ -271,17 +218,18 @@ def settle(
             votes[:] = total
         total[:] = zero
         for k in range(models):
-            weight, own, lost = weights[k], y[k], 0
+            weight, own, lost = weights[k], y[k], tallies[1, k]
             for i in range(count):
                 x = own[i] if votes[i] >= zero else -own[i]
                 total[i] += x if x > zero else zero
                 mass[i] += weight if x > zero else zero
-                lost += x < zero
-            counts[1, k] += lost
+                lost[i] += x < zero
         for i in range(count):
             by = mass[i] if least >= zero and abs(mass[i]) > least else one
             x = times * np.divide(total[i], by)  # unlike /, it asks for no 0, so that there is no branch
             into[i] = origin[i] + (x if votes[i] >= zero else -x)
+    for k in range(models):
+        counts[0, k], counts[1, k] = tallies[0, k].sum(), tallies[1, k].sum()
     return counts
 
 
@@ -314,13 +262,18 @@ def selected(values: NDArray, mask: NDArray, out: NDArray) -> NDArray:
     models, size = out.shape
     kept = np.zeros(models, np.int64)
     zero = values.dtype.type(0)
+    tally = np.empty(STRETCH, np.int32)
     for k in range(models):
-        origin, row, into, found = values[0], values[k + 1], out[k], 0
-        for i in range(size):
-            x = row[i] - origin[i] if mask[i] else zero
-            into[i] = x
-            found += x != zero
-        kept[k] = found
+        tally[:] = 0
+        for start in range(0, size, STRETCH):
+            count = min(STRETCH, size - start)
+            origin, row = values[0, start : start + count], values[k + 1, start : start + count]
+            taken, into = mask[start : start + count], out[k, start : start + count]
+            for i in range(count):
+                x = row[i] - origin[i] if taken[i] else zero
+                into[i] = x
+                tally[i] += x != zero
+        kept[k] = tally.sum()
     return kept
 
 

@@ -19,9 +19,11 @@ class _Lazy:
 if TYPE_CHECKING:
     import torch as torch
 
+    from fusion.merge import counting as counting
     from fusion.merge import draws as draws
     from fusion.merge import kernels as kernels
 else:
     torch = _Lazy("torch")
+    counting = _Lazy("fusion.merge.counting")
     draws = _Lazy("fusion.merge.draws")
     kernels = _Lazy("fusion.merge.kernels")

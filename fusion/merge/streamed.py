@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusion.merge.jobs import STORAGE, Job, View, numel
-from fusion.merge.lazy import torch
+from fusion.merge.lazy import kernels, torch
 from fusion.merge.methods.base import BLOCK, Block, Inputs, block_elements
 
 T = TypeVar("T")
@@ -127,8 +127,8 @@ class Streamed(Inputs):
             count = min(block, end - at)
             load = partial(self._numbers, stored, at - start, count)
             one = Block(at, count, load, self.has_base, self.models)
-            if not self._looked_at and not _finite(one.values):
-                raise next(_broken(view) for view, row in zip(self._rows, one.values, strict=True) if not _finite(row))
+            if not self._looked_at:
+                _ = one.values  # which is where they are looked at
             found.append(work(one))
         return found
 
@@ -153,7 +153,10 @@ class Streamed(Inputs):
         return [memory.reshape(-1, count) for memory in self._buffers.arrays(purpose, sizes)]
 
     def _numbers(self, stored: list[NDArray[Any]], start: int, count: int) -> torch.Tensor:
-        """Stored elements as numbers, (R, B), in memory that this thread uses again for the next block."""
+        """Stored elements as numbers, (R, B), in memory that this thread uses again for the next block.
+
+        ValueError for one that is not finite.
+        """
         rows = len(self._rows)
         if self._device == "cpu":
             kind = np.float64 if self._dtype is torch.float64 else np.float32
@@ -161,11 +164,18 @@ class Streamed(Inputs):
             values = torch.from_numpy(memory).view(rows, count)
         else:
             values = torch.empty(rows, count, dtype=self._dtype, device=self._device)
-        place = 0
+        place, finite = 0, True
         for raw in stored:
-            part = _as_torch(raw[:, start : start + count], self._rows[place].dtype)
-            values[place : place + len(raw)].copy_(part)
+            part, into = raw[:, start : start + count], values[place : place + len(raw)]
+            if self._device == "cpu" and self._rows[place].dtype == "bfloat16" and into.dtype == torch.float32:
+                for row, target in zip(part, into.numpy(), strict=True):
+                    finite &= kernels.widen(row, target)
+            else:
+                into.copy_(_as_torch(part, self._rows[place].dtype))
+                finite &= self._looked_at or _finite(into)
             place += len(raw)
+        if not finite:
+            raise next(_broken(view) for view, row in zip(self._rows, values, strict=True) if not _finite(row))
         return values
 
 

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from fusion.merge.methods.base import Inputs, Merged, Range
-from fusion.merge.methods.sparse import Election, Weighing, drawn, put_together, restoring
+from fusion.merge.methods.sparse import Election, Remembered, Weighing, drawn, put_together, restoring
+from fusion.merge.methods.sparse import in_full as in_full
+from fusion.merge.methods.sparse import one_pass as one_pass
+from fusion.merge.methods.sparse import scratch_bytes as scratch_bytes
 
 NEEDS_BASE = True
 REFERENCE = "Yu et al. 2023, arXiv 2311.03099"
@@ -25,11 +28,6 @@ class Parameters(Weighing):
     rescale: Literal["paper", "norm", "none"] = "paper"
 
 
-def one_pass(parameters: Parameters) -> bool:
-    """Not where norms are restored: these are taken before."""
-    return parameters.rescale != "norm"
-
-
 def merge(inputs: Inputs, parameters: Parameters) -> Merged:
     """θ₀ + scale · Σ w_k δ'_k of the thinned and rescaled updates δ'."""
     return thinned(inputs, parameters, None)
@@ -38,8 +36,8 @@ def merge(inputs: Inputs, parameters: Parameters) -> Merged:
 def thinned(inputs: Inputs, parameters: Parameters, election: Election | None) -> Merged:
     """The merge of updates that are thinned by chance, with or without an election."""
     kept = drawn(inputs, parameters.density)
-    if parameters.rescale == "paper":
-        scales = [1 / density for density in parameters.density]
-    else:
-        scales = restoring(inputs, kept) if parameters.rescale == "norm" else [1.0] * inputs.models
+    scales = [1 / density if parameters.rescale == "paper" else 1.0 for density in parameters.density]
+    if parameters.rescale == "norm":
+        kept = Remembered(kept)
+        scales = restoring(inputs, kept)
     return put_together(inputs, kept, parameters, election, scales)

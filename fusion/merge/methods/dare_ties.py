@@ -3,14 +3,12 @@
 from fusion.merge.methods.base import Inputs, Merged
 from fusion.merge.methods.dare_linear import Parameters as Parameters
 from fusion.merge.methods.dare_linear import thinned
+from fusion.merge.methods.sparse import in_full as in_full
+from fusion.merge.methods.sparse import one_pass as one_pass
+from fusion.merge.methods.sparse import scratch_bytes as scratch_bytes
 
 NEEDS_BASE = True
 REFERENCE = "Yu et al. 2023, arXiv 2311.03099"
-
-
-def one_pass(parameters: Parameters) -> bool:
-    """Not where norms are restored: these are taken before."""
-    return parameters.rescale != "norm"
 
 
 def merge(inputs: Inputs, parameters: Parameters) -> Merged:

@@ -28,6 +28,9 @@ from fusion.merge.methods.sparse import (
     put_together,
     restoring,
 )
+from fusion.merge.methods.sparse import in_full as in_full
+from fusion.merge.methods.sparse import one_pass as one_pass
+from fusion.merge.methods.sparse import scratch_bytes as scratch_bytes
 
 NEEDS_BASE = True
 REFERENCE = "Deep et al. 2024, arXiv 2406.11617"
@@ -59,16 +62,6 @@ class Parameters(Sampling):
     normalize: bool = True
 
 
-def scratch_bytes(models: int, itemsize: int) -> int:
-    """A bit for each element of each model, where what was kept is remembered for the norm."""
-    return -(-models // 8)
-
-
-def one_pass(parameters: Parameters) -> bool:
-    """Not where norms are restored: these are taken before."""
-    return parameters.rescale != "norm"
-
-
 def merge(inputs: Inputs, parameters: Parameters) -> Merged:
     """θ₀ + scale · Σ w_k δ'_k / Σ w_k over the models whose thinned update δ' has the elected sign."""
     return thinned(inputs, parameters, "sum")
@@ -84,7 +77,7 @@ def thinned(inputs: Inputs, parameters: Sampling, election: Election | None) -> 
 
 
 def sampled(inputs: Inputs, parameters: Sampling) -> Factors:
-    """0 for what goes, 1 for what stays, or 1/p where rescale is `paper`; for blocks of whole rows."""
+    """What stays, or where rescale is `paper` 1/p for that and else 0; for blocks of whole rows."""
     least, steps = np.empty(inputs.models), np.empty(inputs.models)
     for k, (density, epsilon) in enumerate(zip(parameters.density, parameters.epsilon, strict=True)):
         spread = 0.0 if density >= 1 or inputs.row == 1 else epsilon
@@ -92,11 +85,11 @@ def sampled(inputs: Inputs, parameters: Sampling) -> Factors:
     own, inverse = keys(inputs), parameters.rescale == "paper"
 
     def factors(block: Block) -> torch.Tensor:
-        deltas = block.deltas
-        if not deltas.is_cpu:
-            return _sampled(deltas, inputs.row, block.start, own, least, steps, inverse)
-        out = torch.empty_like(deltas)
-        draws.sample(deltas.numpy(), inputs.row, block.start, own, least, steps, inverse, out.numpy())
+        if not block.values.is_cpu:
+            return _sampled(block.deltas, inputs.row, block.start, own, least, steps, inverse)
+        kind = block.values.dtype if inverse else torch.bool
+        out = torch.empty(block.count, block.size, dtype=kind)
+        draws.sample(block.values.numpy(), inputs.row, block.start, own, least, steps, inverse, out.numpy())
         return out
 
     return factors
@@ -120,4 +113,4 @@ def _sampled(
     first, step = (torch.from_numpy(of).to(deltas_KB.device)[:, None] for of in (least, steps))
     p = first + ranks * step
     kept = numbers(own, start, size, deltas_KB.device) < p * DRAWS
-    return (kept / p if inverse else kept).to(deltas_KB.dtype)
+    return (kept / p).to(deltas_KB.dtype) if inverse else kept

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 from fusion.merge.methods.base import Inputs, Merged
 from fusion.merge.methods.della import Sampling, thinned
-from fusion.merge.methods.della import scratch_bytes as scratch_bytes
+from fusion.merge.methods.sparse import in_full as in_full
+from fusion.merge.methods.sparse import one_pass as one_pass
+from fusion.merge.methods.sparse import scratch_bytes as scratch_bytes
 
 NEEDS_BASE = True
 REFERENCE = "Deep et al. 2024, arXiv 2406.11617"
@@ -13,11 +15,6 @@ REFERENCE = "Deep et al. 2024, arXiv 2406.11617"
 @dataclass(frozen=True)
 class Parameters(Sampling):
     """As in `della`, but that weights are taken as they are unless asked otherwise."""
-
-
-def one_pass(parameters: Parameters) -> bool:
-    """Not where norms are restored: these are taken before."""
-    return parameters.rescale != "norm"
 
 
 def merge(inputs: Inputs, parameters: Parameters) -> Merged:

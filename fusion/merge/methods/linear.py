@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from fusion.merge.lazy import torch
-from fusion.merge.methods.base import Inputs, Merged, Part
+from fusion.merge.lazy import kernels, torch
+from fusion.merge.methods.base import Block, Inputs, Merged, Part
 
 NEEDS_BASE = False
 ONE_PASS = True
@@ -29,10 +29,23 @@ def merge(inputs: Inputs, parameters: Parameters) -> Merged:
 
 def weighted_sum(weights: list[float], rows_KB: "torch.Tensor") -> "torch.Tensor":
     """Σ w_k x_k, (B,), summed in the order of the rows."""
+    if rows_KB.is_cpu:
+        out = torch.empty_like(rows_KB[0])
+        kernels.weighted(rows_KB.numpy(), rows_KB.new_tensor(weights).numpy(), out.numpy())
+        return out
     total = rows_KB[0] * weights[0]
     for weight, row in zip(weights[1:], rows_KB[1:], strict=True):
         total.add_(row, alpha=weight)
     return total
+
+
+def updated(weights: list[float], block: Block) -> "torch.Tensor":
+    """θ₀ + Σ w_k δ_k, (B,), summed in the order of the models."""
+    if not block.values.is_cpu:
+        return weighted_sum(weights, block.deltas).add_(block.base)
+    out = torch.empty_like(block.base)
+    kernels.updated(block.values.numpy(), block.values.new_tensor(weights).numpy(), out.numpy())
+    return out
 
 
 def shares(weights: tuple[float, ...], normalize: bool) -> list[float]:

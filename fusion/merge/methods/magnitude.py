@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fusion.merge.lazy import kernels, torch
+from fusion.merge.lazy import counting, torch
 from fusion.merge.methods.base import Block, Inputs
 from fusion.merge.methods.select import Cut, Histogram, bucket, from_bits
 
@@ -33,7 +33,7 @@ def spread(inputs: Inputs, prefix: Sequence[int], shift: int, width: int) -> tup
     def look(block: Block) -> None:
         if block.values.is_cpu:
             own = tables.mine(), zeros.mine()[:, 0]
-            kernels.count_magnitudes(block.values.numpy(), wanted, shift, width, *own)
+            counting.count_magnitudes(block.values.numpy(), wanted, shift, width, *own)
             return
         bits = magnitudes(block).view(torch.int32)
         zeros.mine()[:, 0] += (block.deltas == 0).sum(1).cpu().numpy()
@@ -91,7 +91,7 @@ def _lows(inputs: Inputs, models: np.ndarray, places: np.ndarray) -> np.ndarray:
 
     def look(block: Block) -> None:
         if block.values.is_cpu:
-            kernels.count_lows(block.values.numpy(), models, places, tables.mine())
+            counting.count_lows(block.values.numpy(), models, places, tables.mine())
             return
         bits = magnitudes(block).view(torch.int32)[models.tolist()]
         for row, place, table in zip(bits, places.tolist(), tables.mine(), strict=True):
@@ -108,7 +108,7 @@ def _edges(inputs: Inputs, wanted: Sequence[tuple[int, float, int]], ties: str) 
 
     def look(block: Block) -> tuple[int, list[int]]:
         if block.values.is_cpu:
-            return block.start, kernels.count_equal(block.values.numpy(), models, thresholds).tolist()
+            return block.start, counting.count_equal(block.values.numpy(), models, thresholds).tolist()
         sizes = magnitudes(block)[models.tolist()]
         return block.start, (sizes == sizes.new_tensor(thresholds)[:, None]).sum(1).tolist()
 
@@ -143,17 +143,16 @@ def _edge(
 
 def between(block: Block, keep: Sequence[Cut], drop: Sequence[Cut] = ()) -> torch.Tensor:
     """Which elements of each model the cuts of `keep` take, and those of `drop` do not, (K, B) bool."""
-    deltas = block.deltas
-    if not deltas.is_cpu:
+    if not block.values.is_cpu:
         sizes = magnitudes(block)
         kept = torch.stack([cut.mask(row, block.start) for cut, row in zip(keep, sizes, strict=True)])
         for cut, row, own in zip(drop, sizes, kept, strict=False):
             own &= ~cut.mask(row, block.start)
         return kept
-    kept = torch.empty(deltas.shape, dtype=torch.bool)
+    kept = torch.empty(block.count, block.size, dtype=torch.bool)
     for cuts in (keep, drop) if drop else (keep,):
         limits, windows = _limits(cuts, block)
-        kernels.above(deltas.numpy(), limits, windows, cuts is drop, kept.numpy())
+        counting.above(block.values.numpy(), limits, windows, cuts is drop, kept.numpy())
     return kept
 
 

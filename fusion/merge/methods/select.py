@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fusion.merge.lazy import kernels, torch
+from fusion.merge.lazy import counting, torch
 from fusion.merge.methods.base import Block, Inputs
 
 Keys = Callable[[Block], "torch.Tensor"]
@@ -99,7 +99,7 @@ def high_counts(inputs: Inputs, keys: Keys, rows: int) -> np.ndarray:
     def look(block: Block) -> None:
         bits = keys(block).view(torch.int32)
         if bits.is_cpu:
-            kernels.count_high(bits.numpy(), found.mine())
+            counting.count_high(bits.numpy(), found.mine())
             return
         for row, table in zip(bits, found.mine(), strict=True):
             table[:-1] += torch.bincount(row >> 16, minlength=32768).cpu().numpy()
@@ -116,7 +116,7 @@ def low_counts(inputs: Inputs, keys: Keys, high: np.ndarray) -> np.ndarray:
     def look(block: Block) -> None:
         bits = keys(block).view(torch.int32)
         if bits.is_cpu:
-            kernels.count_low(bits.numpy(), high, found.mine())
+            counting.count_low(bits.numpy(), high, found.mine())
             return
         for row, wanted, table in zip(bits, high.tolist(), found.mine(), strict=True):
             table += torch.bincount(row[row >> 16 == wanted] & 0xFFFF, minlength=65536).cpu().numpy()

@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -79,13 +79,12 @@ def settle(
     scale: float,
 ) -> tuple[torch.Tensor, list[int], list[int]]:
     """The merged values of a block, and how many elements of each model were kept, and dropped for their sign."""
-    deltas = block.deltas
-    if not deltas.is_cpu:
+    if not block.values.is_cpu:
         return _settle(block, factors_KB, scales, weights, election, floor, scale)
     vote = 0 if election is None else 1 if election == "sum" else 2
-    by_model, weight = (deltas.new_tensor(numbers).numpy() for numbers in (scales, weights))
+    by_model, weight = (block.values.new_tensor(numbers).numpy() for numbers in (scales, weights))
     out = torch.empty_like(block.base)
-    arrays = block.base.numpy(), deltas.numpy(), factors_KB.numpy(), by_model, weight
+    arrays = block.values.numpy(), factors_KB.numpy(), by_model, weight
     kept, erased = kernels.settle(*arrays, vote, floor, scale, out.numpy()).tolist()
     return out, kept, erased
 
@@ -137,6 +136,21 @@ def restoring(inputs: Inputs, factors: Factors, rows: bool = False) -> list[floa
     return [whole / left if left > 0 else 1.0 for whole, left in zip(before, after, strict=True)]
 
 
+def one_pass(parameters: Any) -> bool:
+    """Of a method with a `rescale`: not where norms are restored, for these are taken before."""
+    return parameters.rescale != "norm"
+
+
+def in_full(tensor: Any, parameters: Any) -> bool:
+    """Of such a method: what was kept is remembered where norms are restored."""
+    return not one_pass(parameters)
+
+
+def scratch_bytes(models: int, itemsize: int) -> int:
+    """That takes a bit for each element of each model."""
+    return -(-models // 8)
+
+
 class Remembered:
     """Which elements a method keeps, a bit each, for one whose choice costs more than to remember it.
 
@@ -148,13 +162,12 @@ class Remembered:
 
     def __call__(self, block: Block) -> torch.Tensor:
         """(K, B) bool."""
-        shape = block.deltas.shape
         if block.start not in self._bits:
-            kept = self._factors(block) != 0
+            kept = self._factors(block).to(torch.bool)
             self._bits[block.start] = np.packbits(kept.cpu().numpy().reshape(-1))
             return kept
-        bits = np.unpackbits(self._bits[block.start], count=math.prod(shape)).view(np.bool_)
-        return torch.from_numpy(bits).view(shape).to(block.deltas.device)
+        bits = np.unpackbits(self._bits[block.start], count=block.count * block.size).view(np.bool_)
+        return torch.from_numpy(bits).view(block.count, block.size).to(block.values.device)
 
 
 def keys(inputs: Inputs) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from fusion.merge.lazy import torch
 from fusion.merge.methods.base import Block, Inputs, Merged, Part
-from fusion.merge.methods.linear import weighted_sum
+from fusion.merge.methods.linear import updated
 
 TALL = 4  # one side this many times the other: the small side's triangle is decomposed in place of the matrix
 
@@ -60,7 +60,7 @@ def polar(matrix_MN: torch.Tensor) -> torch.Tensor:
 def combined(inputs: Inputs, coefficients: Sequence[float]) -> Merged:
     """θ₀ + Σ c_k δ_k, streamed: what becomes of tensors that a method does not look at as matrices."""
     chosen = list(coefficients)
-    return Merged(chosen, lambda block: Part(weighted_sum(chosen, block.deltas).add_(block.base)))
+    return Merged(chosen, lambda block: Part(updated(chosen, block)))
 
 
 def moved_by(update: torch.Tensor, weights: Sequence[float]) -> Merged:

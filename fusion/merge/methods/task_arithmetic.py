@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from fusion.merge.methods.base import Inputs, Merged, Part, Range
-from fusion.merge.methods.linear import shares, weighted_sum
+from fusion.merge.methods.linear import shares, updated
 
 NEEDS_BASE = True
 ONE_PASS = True
@@ -26,4 +26,4 @@ class Parameters:
 def merge(inputs: Inputs, parameters: Parameters) -> Merged:
     """θ = θ₀ + scale · Σ w_k δ_k; the coefficients reported are scale · w_k."""
     chosen = [parameters.scale * share for share in shares(parameters.weights, parameters.normalize)]
-    return Merged(chosen, lambda block: Part(weighted_sum(chosen, block.deltas).add_(block.base)))
+    return Merged(chosen, lambda block: Part(updated(chosen, block)))

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from fusion.merge.lazy import torch
 from fusion.merge.methods.base import Block, Inputs, Merged, Part
-from fusion.merge.methods.linear import weighted_sum
+from fusion.merge.methods.linear import updated
 
 NEEDS_BASE = True
 SURVEYED = ("granularity",)
@@ -75,7 +75,7 @@ def merge(inputs: Inputs, parameters: Parameters) -> Merged:
     if parameters.granularity == "parameter":
         return _by_element(inputs)
     weights = inputs.surveyed[inputs.name] if surveys(parameters) else _weights(_energies(inputs))
-    return Merged(weights, lambda block: Part(weighted_sum(weights, block.deltas).add_(block.base)))
+    return Merged(weights, lambda block: Part(updated(weights, block)))
 
 
 def _energies(inputs: Inputs) -> list[float]:
