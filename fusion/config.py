@@ -98,6 +98,9 @@ class Capture:
 class Align:
     """Source token ids → target token ids."""
 
+    # where a source teaches: where both have read the same bytes; or FuseLLM's or FuseChat's procedure as it was
+    # published, map and all, for comparison
+    procedure: Literal["boundaries", "fusellm", "fusechat"] = "boundaries"
     # what gives a source token its row: the first of these maps that has one
     maps: Annotated[tuple[Literal["soft", "hard", "exact", "prefix", "min_edit"], ...], Field(min_length=1)] = (
         "soft",
@@ -132,6 +135,7 @@ class Distill:
     # alike, or as `weights` says
     gate: Literal["min_ce", "avg_ce", "all", "fixed", "none"] = "min_ce"
     gate_level: Literal["sample", "segment", "token"] = "sample"  # what is costed and taught by itself
+    gate_unit: Literal["bytes", "tokens"] = "bytes"  # tokens, of the source's own: as published; with gate_level sample
     gate_temperature: Annotated[float, Field(gt=0)] = 1.0
     weights: dict[str, Annotated[float, Field(ge=0)]] = field(default_factory=dict)  # of gate: fixed
     # where the pivot is better than every source on a sample: it teaches (FuseLLM), labels alone do (gate), or the gate
@@ -177,6 +181,11 @@ class Distill:
             raise ValueError(
                 f"distill.missing_mass: drop will not do with divergence {self.divergence}: the student would do best "
                 "to leave the entries; set ghost or renormalise"
+            )
+        if self.gate_unit == "tokens" and self.gate_level != "sample":
+            raise ValueError(
+                f"distill.gate_unit: tokens will not do with gate_level {self.gate_level}: sources share no tokens; "
+                "leave it away, or set gate_level: sample"
             )
         scheduled = self.label_schedule in ("linear", "cosine")
         if scheduled and self.label_weight_end is None:
@@ -324,6 +333,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     except ValidationError as error:
         raise ValueError(f"{path}: {_explain(error, tree)}") from None
     _check_asked(config.capture, tree.get("capture") or {})
+    _check_published(config.align, tree.get("align") or {})
     return config
 
 
@@ -337,6 +347,16 @@ def _check_asked(capture: Capture, given: dict) -> None:
                 f"capture.{key}: {given[key]} will not do: sampler {capture.sampler} asks {', '.join(asked)} alone; "
                 f"leave it away, or set capture.sampler to {means}"
             )
+
+
+def _check_published(align: Align, given: dict) -> None:
+    """A published procedure is one whole."""
+    others = sorted(set(given) - {"procedure"})
+    if align.procedure != "boundaries" and others:
+        raise ValueError(
+            f"align.{others[0]}: {given[others[0]]} will not do: procedure {align.procedure} asks no other setting; "
+            "leave it away, or leave away procedure"
+        )
 
 
 def _set(tree: dict, override: str) -> None:

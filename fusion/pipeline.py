@@ -36,7 +36,7 @@ _IDLE = {
     "workers",
 }
 _OF_TEACHERS = {
-    *("gate", "gate_level", "gate_temperature", "weights", "pivot", "topology", "k"),
+    *("gate", "gate_level", "gate_unit", "gate_temperature", "weights", "pivot", "topology", "k"),
     *("label_weight", "label_schedule", "label_weight_end"),
     *("divergence", "beta", "missing_mass", "teacher_temperature", "student_temperature"),
 }

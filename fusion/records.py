@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Literal
 
 import numpy as np
 
@@ -153,7 +154,13 @@ class Heard:
 
     def bits_per_byte(self) -> float:
         """The source's cross-entropy on the sample's segments, in bits per byte; infinite where it predicts none."""
-        if not self.content_bytes:
+        return self.bits("bytes")
+
+    def bits(self, unit: Literal["bytes", "tokens"]) -> float:
+        """The same by byte, or by token of the source's own."""
+        content = self.carries == Carries.CONTENT
+        count = self.content_bytes if unit == "bytes" else int(content.sum())
+        if not count:
             return float("inf")
-        nats = -float(self.logp[self.carries == Carries.CONTENT].sum(dtype=np.float64))
-        return nats / self.content_bytes / float(np.log(2))
+        nats = -float(self.logp[content].sum(dtype=np.float64))
+        return nats / count / float(np.log(2))

@@ -157,4 +157,7 @@ def _size(count: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # all is written and closed; torch would take most of a second to take itself apart

@@ -337,7 +337,7 @@ def test_doge_leaves_what_is_no_matrix_of_a_layer_at_the_base() -> None:
 
 @pytest.mark.parametrize("method", ["opcm", "tsv_m", "iso_c", "doge"])
 def test_matrices_over_several_blocks(method: str) -> None:
-    base, *models = near(2, (750, 360), seed=12, dtype=torch.bfloat16)
+    base, *models = near(2, (1500, 360), seed=12, dtype=torch.bfloat16)
     assert base.numel() > 2 * BLOCK
     chosen: dict[str, Any] = {"iterations": 2} if method == "doge" else {}
     tensor, _ = merge(method, base, models, **chosen)

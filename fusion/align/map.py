@@ -9,8 +9,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from scipy.sparse import csr_array
 
+from fusion.align.edit import Words
+from fusion.align.paper import Strings
 from fusion.align.spelling import Spelling
 from fusion.artifact import atomic
+
+_STRINGS = ("source_bare", "target_bare", "source_marked", "target_marked")
 
 
 @dataclass(frozen=True)
@@ -23,12 +27,14 @@ class Map:
             that the text begins with is the row's; an empty row stands for that token itself.
         source: what the source's ids spell.
         target: what the target's ids spell.
+        strings: the token strings of both, where a published procedure is to compare them.
     """
 
     matrix: csr_array
     first: csr_array
     source: Spelling
     target: Spelling
+    strings: Strings | None = None
 
     def __post_init__(self) -> None:
         assert self.matrix.shape == (len(self.source), len(self.target))
@@ -46,6 +52,11 @@ class Map:
             tensors[f"{side}.bytes"] = spelling.flat
             tensors[f"{side}.offsets"] = spelling.offsets
             tensors[f"{side}.kinds"] = spelling.kinds
+        if self.strings is not None:
+            words = self.strings.words
+            tensors |= {"words.chars": words.chars, "words.offsets": words.offsets, "words.signs": words.signs}
+            tensors["words.alphabet"] = np.array([words.alphabet])
+            tensors |= {f"words.{name}": getattr(self.strings, name) for name in _STRINGS}
         with atomic(path) as part:
             save_file(tensors, part, {"source": self.source.digest, "target": self.target.digest})
 
@@ -75,6 +86,7 @@ class Map:
             matrices = [
                 _unpacked(name, tensors, shape) for name, shape in zip(("matrix", "first"), shapes, strict=True)
             ]
+            strings = _strings(tensors, *shapes[0]) if "words.chars" in tensors else None
         except FileNotFoundError:
             raise ValueError(f"{path}: there is no map; run the align stage first") from None
         except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
@@ -85,7 +97,7 @@ class Map:
                     f"{path}: was made for another pair: its {side}'s vocabulary is not this {side}'s; "
                     "run the align stage again"
                 )
-        return Map(matrices[0], matrices[1], spellings[0], spellings[1])
+        return Map(matrices[0], matrices[1], spellings[0], spellings[1], strings)
 
 
 def _packed(name: str, matrix: csr_array) -> dict[str, np.ndarray]:
@@ -106,6 +118,20 @@ def _unpacked(name: str, tensors: dict[str, Any], shape: tuple[int, int]) -> csr
     matrix = csr_array((values, columns, rows), shape=shape)
     matrix.check_format(full_check=True)
     return matrix
+
+
+def _strings(tensors: dict[str, Any], source: int, target: int) -> Strings:
+    """The token strings; compiled code reads them without looking."""
+    chars, offsets, signs = (tensors[f"words.{part}"] for part in ("chars", "offsets", "signs"))
+    (alphabet,) = tensors["words.alphabet"].tolist()
+    numbers = [tensors[f"words.{name}"] for name in _STRINGS]
+    whole = len(offsets) == len(signs) + 1 and offsets[0] == 0 and offsets[-1] == len(chars)
+    whole = whole and (np.diff(offsets) >= 0).all() and ((chars >= 0) & (chars < max(alphabet, 1))).all()
+    for those, size in zip(numbers, (source, target) * 2, strict=True):
+        whole = whole and those.shape == (size,) and ((those >= 0) & (those < len(signs))).all()
+    if not whole:
+        raise ValueError("its token strings do not fit together")
+    return Strings(Words(chars, offsets, signs, alphabet), *numbers)
 
 
 def _check(spelling: Spelling) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 from fusion.align.follow import Follower
 from fusion.align.map import Map
 from fusion.align.project import in_range, project
+from fusion.align.published import Published
 from fusion.align.spans import shared
 from fusion.align.vocabulary import widest
 from fusion.config import Align
@@ -43,6 +44,8 @@ class Plain:
 
 def projector(map: Map, settings: Align) -> Projector:
     """The projector that the config names."""
+    if settings.procedure != "boundaries":
+        return Published(map, settings.procedure)
     if settings.follow:
         return Follower(map, settings.targets_per_token, settings.inside)
     return Plain(map, settings.targets_per_token)

@@ -8,10 +8,11 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from fusion import cluster, hub, tracking
-from fusion.align import vocabulary
+from fusion.align import published, vocabulary
 from fusion.align.edit import min_edit
 from fusion.align.fidelity import compare
 from fusion.align.map import Map
+from fusion.align.paper import Strings, strings
 from fusion.align.projector import Projector, projector
 from fusion.align.report import examples
 from fusion.align.spans import shared
@@ -41,6 +42,7 @@ def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, 
     corpus = Corpus(inputs["prepare"], "train")
     shape = (len(reads.table), len(learns.table))
     groups = cluster.share(range(corpus.groups))
+    compared = None if config.align.procedure == "boundaries" else strings_of(reads, learns)
 
     def met() -> Iterator[tuple[Heard, Rendered]]:
         for n in tracking.progress(groups, f"align {source.name}", len(groups)):
@@ -60,7 +62,10 @@ def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, 
                 j, i = shared(heard.boundary, rendered.boundary)
                 content = np.flatnonzero(rendered.carries == Carries.CONTENT)
                 first.add(rendered.ids[content + 1], np.append(False, np.diff(content) == 1))
-                yield heard.ids[j], rendered.ids[i + 1]
+                if compared is not None and config.align.procedure == "fusechat":
+                    yield published.paired(compared, heard, rendered.ids[np.flatnonzero(rendered.carries) + 1])
+                else:
+                    yield heard.ids[j], rendered.ids[i + 1]
 
         return vocabulary.count_pairs(pairs(), shape), first.counts(), samples
 
@@ -70,7 +75,7 @@ def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, 
         counts, first = (csr_array(sum((part[n] for part in parts[1:]), parts[0][n])) for n in (0, 1))
         if not any(part[2] for part in parts):
             raise ValueError(f"{source.name}: its cache {inputs['cache']} has none of these samples; capture it again")
-        made = make_map(config.align, reads, learns, counts, first)
+        made = make_map(config.align, reads, learns, counts, first, compared)
         made.save(out.folder / "map.safetensors")
         used, facts = _measure(projector(made, config.align), made, cache, corpus, learns)
         facts["ids seen"] = round(float((np.diff(counts.indptr) > 0).mean()), 4)
@@ -80,7 +85,14 @@ def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, 
     return cluster.on_main(write)
 
 
-def make_map(settings: Align, source: Renderer, target: Renderer, counts: csr_array, first: csr_array) -> Map:
+def make_map(
+    settings: Align,
+    source: Renderer,
+    target: Renderer,
+    counts: csr_array,
+    first: csr_array,
+    compared: Strings | None = None,
+) -> Map:
     """The map that the config names: its first kind, then the end of text, then its other kinds.
 
     A source with the target's own vocabulary needs no map but the identity, and loses nothing; what ends a turn may be
@@ -92,6 +104,7 @@ def make_map(settings: Align, source: Renderer, target: Renderer, counts: csr_ar
         target: that of the model that learns.
         counts: int64 (source ids, target ids), see `vocabulary.count_pairs`.
         first: int64 (target ids, target ids), see `vocabulary.FirstTokens`.
+        compared: the token strings of both, for a published procedure.
     """
     tables = (source.table, target.table)
     shape = (len(source.table), len(target.table))
@@ -106,17 +119,26 @@ def make_map(settings: Align, source: Renderer, target: Renderer, counts: csr_ar
             "prefix": lambda: vocabulary.prefix(*tables),
             "min_edit": lambda: nearest_strings(source, target),
         }
-        head, *rest = (made[kind]() for kind in settings.maps)
+        head, *rest = (made[kind]() for kind in published.MAPS.get(settings.procedure, settings.maps))
         matrix = vocabulary.chain(ends, head, vocabulary.pair(source.end_id, target.end_id, shape), *rest)
     shares = vocabulary.statistics(first, False, 8)
-    return Map(matrix, shares, Spelling.of(source.table), Spelling.of(target.table))
+    return Map(matrix, shares, Spelling.of(source.table), Spelling.of(target.table), compared)
 
 
 def nearest_strings(source: Renderer, target: Renderer) -> csr_array:
     """FuseLLM's map: token strings, their space marks made equal, to the nearest by edit distance."""
-    words = [token_strings(side.tokenizer, side.table) for side in (source, target)]
-    marks = space_mark(words[0], source.table), space_mark(words[1], target.table)
-    return min_edit(words[0], words[1], marks)
+    return min_edit(*_words(source, target))
+
+
+def strings_of(source: Renderer, target: Renderer) -> Strings:
+    """The token strings of two vocabularies as the published procedures compare them."""
+    return strings(*_words(source, target))
+
+
+def _words(source: Renderer, target: Renderer) -> tuple[list[str | None], list[str | None], tuple[str, str]]:
+    """The token strings of two vocabularies, and what stands for a space in each."""
+    one, two = (token_strings(side.tokenizer, side.table) for side in (source, target))
+    return one, two, (space_mark(one, source.table), space_mark(two, target.table))
 
 
 def _measure(

@@ -155,7 +155,7 @@ class FusionDataset(Dataset):
             return np.zeros((len(said), positions)), np.zeros((len(said), positions))
         unit = np.zeros(positions, dtype=np.int64)
         if gating.level == "sample":
-            costs = [np.array([np.nan if h is None else h.bits_per_byte()]) for h in said]
+            costs = [np.array([np.nan if h is None else h.bits(gating.unit)]) for h in said]
         else:
             segments = Segments.of([len(s.encode()) for s in self.samples[n].segments()])
             tokens = Tokens.of(self.rendered[n], segments)

@@ -8,6 +8,7 @@ import numpy as np
 
 Gate = Literal["min_ce", "avg_ce", "all", "fixed", "none"]
 Level = Literal["sample", "segment", "token"]
+Unit = Literal["bytes", "tokens"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,7 @@ class Gating:
         level: what is costed, and chosen for, by itself.
         confident: positions are taught by the share that softmax(−bits / temperature) over all that the gate asks gives
             to those which teach there: little where they are no better than the others, the pivot among them.
+        unit: what the cross-entropy on a sample is taken by: bytes, or as published the source's own tokens.
     """
 
     gate: Gate = "min_ce"
@@ -26,6 +28,7 @@ class Gating:
     temperature: float = 1.0
     fixed: Mapping[str, float] = field(default_factory=dict)
     confident: bool = False
+    unit: Unit = "bytes"
 
 
 def choose(

@@ -57,7 +57,14 @@ def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, 
     teachers = [teacher(n, inputs, config, renderer) for n in names]
     context = hub.context_of(inputs["pivot"])
     confident = settings.label_schedule == "confidence"
-    gating = Gating(settings.gate, settings.gate_level, settings.gate_temperature, settings.weights, confident)
+    gating = Gating(
+        settings.gate,
+        settings.gate_level,
+        settings.gate_temperature,
+        settings.weights,
+        confident,
+        settings.gate_unit,
+    )
     train = list(Corpus(inputs["prepare"], "train"))
     dataset = FusionDataset(train, renderer, teachers, gating, settings.k, context, settings.too_long)
     budget = settings.per_rank * max(dataset.lengths(), default=1)

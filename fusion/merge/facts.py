@@ -32,6 +32,9 @@ class Facts:
         if block.values.is_cpu:
             gram = np.empty((block.count, block.count))
             moved, conflicts = kernels.account(block.values.numpy(), gram)
+            if not np.isfinite(gram).all():  # the products of weights that large do not fit their type
+                apart = block.deltas.double().numpy()
+                gram = np.nan_to_num(apart @ apart.T)
             return cls(gram, moved, conflicts, kept, erased)
         deltas = block.deltas
         up, down = (deltas > 0).any(0), (deltas < 0).any(0)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from fusion.config import Config, Model
+from fusion.config import Align, Config, Model
 from fusion.release.summary import Summary, change, verdict
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?\Z", re.ASCII)
@@ -101,6 +101,13 @@ def _scores(summary: Summary) -> str:
     return f"Lower is better. Held-out samples by domain: {samples}.\n\n{table}"
 
 
+def _map(align: Align) -> str:
+    """How a source's words become the target's."""
+    if align.procedure != "boundaries":
+        return f"{align.procedure}, as published"
+    return ", else ".join(align.maps) + (", along the text" if align.follow else "")
+
+
 _PIVOT = {"teach": "teaches where it is best", "gate": "silences where it is best", "absent": "takes no part"}
 
 
@@ -108,7 +115,7 @@ def _settings(summary: Summary, config: Config) -> str:
     distill, merge = config.distill, summary.merge
     told = {
         "kept of each source": f"{config.capture.sampler}, k {config.capture.k}",
-        "vocabulary map": ", else ".join(config.align.maps) + (", along the text" if config.align.follow else ""),
+        "vocabulary map": _map(config.align),
         "topology": distill.topology,
         "gate": f"{distill.gate}; the pivot {_PIVOT[distill.pivot]}",
         "label weight": distill.label_weight,

@@ -13,10 +13,10 @@ from fusion.merge.lazy import torch
 
 T = TypeVar("T")
 
-# Elements of a block: what it takes in some models fits the processor's last cache, and starting operators on it costs
-# little beside their work. Sums are taken block by block, so its size is part of every result: it depends on the number
-# of inputs alone, for the same bytes on any number of threads, ranks and machines.
-BLOCK = 1 << 17
+# Elements of a block: of less, threads wait for Python's lock between one operator and the next; of more, for memory.
+# Sums are taken block by block, so its size is part of every result: it depends on the number of inputs alone, for the
+# same bytes on any number of threads, ranks and machines.
+BLOCK = 1 << 18
 
 
 def block_elements(rows: int) -> int:

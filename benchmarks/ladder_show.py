@@ -1,0 +1,93 @@
+"""The quality ladder as a table and as a picture."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import common
+from ladder import Regime
+
+DOMAINS = ("math", "code", "prose")
+
+
+def summed(regime: Regime, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A regime's lines, in the order of its rungs: each chosen run, what it merged to, and its single targets.
+
+    `bits`: domain, and `mean`, → (mean, spread) over seeds; `gain`: over the pivot; `times`: the gain as a multiple of
+    label-only training's.
+    """
+    chosen = [row for row in rows if row["regime"] == regime.name and row["chosen"]]
+    lines: dict[str, list[dict[str, Any]]] = {}
+    about: dict[str, str] = {}
+    for row in chosen:
+        models = row.get("models") or {}
+        several = {name: told for name, told in models.items() if len(models) > 1}
+        for name, told in [("", row), *several.items()] if not several else several.items():
+            label = f"{row['rung']}/{name}" if name else row["rung"]
+            kind = f", target {name}" if name in row.get("targets", ()) else f", {name}" if name else ""
+            about[label] = row["about"] + kind
+            lines.setdefault(label, []).append({**row, **told})
+    found = []
+    for label, runs in lines.items():
+        bits = {d: _over([run["report"][d] for run in runs]) for d in (*DOMAINS, "mean")}
+        cost = {name: mean([run.get(name, 0) for run in runs]) for name in ("positions", "seconds", "cache_bytes")}
+        found.append({"label": label, "about": about[label], "rate": runs[0].get("rate"), "bits": bits, **cost})
+    start = next(line for line in found if line["label"] == "pivot")["bits"]["mean"][0]
+    labels = next((line for line in found if line["label"] == "labels"), None)
+    for line in found:
+        line["gain"] = start - line["bits"]["mean"][0]
+        line["times"] = line["gain"] / (start - labels["bits"]["mean"][0]) if labels else float("nan")
+    return found
+
+
+def _over(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation, that of one value 0."""
+    return mean(values), stdev(values) if len(values) > 1 else 0.0
+
+
+def table(regime: Regime, rows: Sequence[dict[str, Any]]) -> None:
+    """Print a regime's ladder."""
+    columns = ["bits per byte, lower is better", *DOMAINS, "mean", "spread", "gain", "times labels'", "rate"]
+    columns += ["tokens", "s", "cache MB"]
+    shown = []
+    for line in summed(regime, rows):
+        bits = [f"{line['bits'][d][0]:.4f}" for d in (*DOMAINS, "mean")]
+        rate = f"{line['rate']:g}" if line["rate"] else "–"
+        cost = [f"{line['positions']:,.0f}", f"{line['seconds']:,.0f}", f"{line['cache_bytes'] / 1e6:,.1f}"]
+        told = [f"{line['bits']['mean'][1]:.4f}", f"{line['gain']:+.4f}", f"{line['times']:.2f}", rate]
+        shown.append([line["about"], *bits, *told, *cost])
+    common.show(f"{regime.name}: {regime.about}", columns, shown)
+
+
+def picture(path: Path, regimes: Sequence[Regime], rows: Sequence[dict[str, Any]]) -> None:
+    """Bars of the mean over domains, with the spread over seeds, a panel a regime."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = [summed(regime, rows) for regime in regimes]
+    panels = [[line for line in lines if not line["about"].startswith("source ")] for lines in panels]
+    tallest = max(len(lines) for lines in panels)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(7 * len(panels), 0.34 * tallest + 1.4), squeeze=False, layout="constrained"
+    )
+    for axis, regime, lines in zip(axes[0], regimes, panels, strict=True):
+        values = [line["bits"]["mean"][0] for line in lines]
+        colours = ["#7f7f7f" if line["label"].startswith(("pivot", "labels")) else "#1f77b4" for line in lines]
+        colours = ["#d9822b" if line["label"].startswith("fuse") else c for line, c in zip(lines, colours, strict=True)]
+        at = range(len(lines))
+        axis.barh(at, values, xerr=[line["bits"]["mean"][1] for line in lines], color=colours, height=0.7)
+        axis.set_yticks(at, [line["about"] for line in lines], fontsize=8)
+        axis.invert_yaxis()
+        room = 0.15 * (max(values) - min(values)) or 0.01
+        axis.set_xlim(min(values) - room, max(values) + 2 * room)
+        for y, value in zip(at, values, strict=True):
+            axis.annotate(f"{value:.4f}", (value, y), (4, 0), textcoords="offset points", va="center", fontsize=7)
+        axis.set_title(regime.about, fontsize=9)
+        axis.set_xlabel("bits per byte, mean over domains")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    print(f"picture in {path}")

@@ -1,0 +1,250 @@
+"""The quality ladder: what fusion gains over its pivot, beside label-only training and both published recipes.
+
+    python benchmarks/quality.py --quick                                 under 15 minutes on 2 cores
+    python benchmarks/quality.py [--regimes small-12] [--rungs labels joint] [--seeds 3]
+
+Every rung of a regime begins at the same pivot and sees the same samples for the same number of steps, each at the
+learning rate that does best at the first seed on one half of the held-out pieces; what is reported is the other half.
+All is kept under --work, so that a run that was cut off goes on and a rung that was added is the only one to be run.
+Figures, with the config of each run, go to --json; the table's picture to --plot.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import common
+import ladder
+import ladder_corpus
+import ladder_show
+import yaml
+from ladder import QUICK, RATES, REGIMES, RUNGS, Regime, Rung
+
+from fusion import cluster, hub, pipeline, tracking
+from fusion import config as configs
+from fusion.artifact import Artifact, digest, read_manifest, write_json
+from fusion.config import Config, Model
+from fusion.corpus import Corpus
+from fusion.records import Sample
+from fusion.release.evaluate import bits_per_byte
+
+ZOO = common.SHARED / "zoo"
+PIVOT = ZOO / "pivot-llama"
+DEEPSPEED = Path(__file__).parents[1] / "configs/deepspeed/zero0.json"
+CONVERGED_BYTES = 3_000_000  # of each domain, that the converged pivot reads first
+PIECES = {"choose": 50, "report": 100}  # held-out ones of each domain
+
+
+class Lab:
+    """Trains, merges and measures, each thing once.
+
+    Args:
+        work: where everything is kept.
+        quick: fewer held-out pieces.
+    """
+
+    def __init__(self, work: Path, quick: bool):
+        self.work, self._quick = work, quick
+        self._fuse = ladder_corpus.read(ZOO / "fuse.jsonl")
+        self._heldout = ladder_corpus.read(ZOO / "heldout.jsonl")
+        self._more: ladder_corpus.Rows | None = None
+        self._pieces: dict[str, list[Sample]] = {}
+
+    def config(self, rung: Rung, regime: Regime, seed: int, rate: float) -> Config:
+        """The config of a run, written down under `work`."""
+        pivot = self.converged() if regime.converged else PIVOT
+        return self._written(rung, regime, seed, rate, pivot, self._corpus(regime.share * rung.times))
+
+    def _written(self, rung: Rung, regime: Regime, seed: int, rate: float, pivot: Path, corpus: Path) -> Config:
+        heldout, out = self.work / "heldout.jsonl", self.work / "runs"
+        ladder_corpus.write(heldout, self._heldout)
+        holds = ladder.tree(rung, regime, pivot, ZOO, corpus, heldout, out, seed, rate, DEEPSPEED)
+        path = self.work / "configs" / f"{regime.name}-{rung.name}-{seed}-{rate:g}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(holds, sort_keys=False))
+        return configs.load(path)
+
+    def _corpus(self, share: float) -> Path:
+        """So much of the corpus; beyond all of it, with more text of the same kinds."""
+        size = share * min(ladder_corpus.bytes_of(self._fuse).values())
+        rest = self._others() if share > 1 else []
+        return ladder_corpus.write(self.work / f"corpus-{share:g}.jsonl", ladder_corpus.part(self._fuse, size, rest))
+
+    def _others(self) -> ladder_corpus.Rows:
+        if self._more is None:
+            self._more = ladder_corpus.more(common.SHARED / "text", [*self._fuse, *self._heldout])
+        return self._more
+
+    def converged(self) -> Path:
+        """The pivot after a training on a general mixture of other text; made once."""
+        mixture = ladder_corpus.write(self.work / "mixture.jsonl", ladder_corpus.part(self._others(), CONVERGED_BYTES))
+        once = Regime("mixture", "the converged pivot", 1.0, 1)
+        config = self._written(RUNGS["labels"], once, 0, 1e-3, PIVOT, mixture)
+        (target,) = self.targets(config, RUNGS["labels"]).values()
+        return target.folder / "model"
+
+    def targets(self, config: Config, rung: Rung) -> dict[str, Artifact]:
+        """A rung's trained targets by name."""
+        made = {t.out.subject: t.out for t in self._tasks(config) if t.out.stage == "distill"}
+        wanted = {n: a for n, a in made.items() if (n == "control") == (rung.trains == "control")}
+        if not all(a.done() for a in wanted.values()):
+            if rung.trains == "control":
+                pipeline.run(config, only=["prepare"])
+            else:
+                pipeline.run(config, only=["prepare", "capture", "align"])
+            pipeline.run(config, only=["distill"], targets=list(wanted))
+        return wanted
+
+    def merged(self, config: Config, settings: dict[str, Any]) -> Artifact:
+        """What the targets of a config come to."""
+        config = replace(config, merge=configs.Merge(**settings))
+        pipeline.run(config, only=["merge"])
+        return next(t.out for t in self._tasks(config) if t.out.stage == "merge")
+
+    def _tasks(self, config: Config) -> list[pipeline.Task]:
+        return pipeline.plan(config, pipeline.find(config))
+
+    def read_by(self, config: Config) -> int:
+        """Bytes on disk of the caches that a config's targets learn from."""
+        tasks = [t.out for t in self._tasks(config) if t.out.stage == "capture"]
+        return sum(int(read_manifest(out.folder)["facts"]["bytes on disk"]) for out in tasks if out.done())
+
+    def bits(self, config: Config, name: str, folder: Path, key: str) -> dict[str, dict[str, float]]:
+        """A model's bits per byte, by half of the held-out pieces and domain; `key` tells its weights."""
+        path = self.work / "measured" / f"{digest([key, self._counts()])}.json"
+        if not path.exists():
+            pieces = self._heldout_pieces(config)
+            model = Model(str(folder), name)
+            write_json(path, {half: bits_per_byte(model, folder, those, 8192) for half, those in pieces.items()})
+        found: dict[str, dict[str, float]] = yaml.safe_load(path.read_text())
+        return found
+
+    def _counts(self) -> dict[str, int]:
+        return {half: count // 4 if self._quick else count for half, count in PIECES.items()}
+
+    def _heldout_pieces(self, config: Config) -> dict[str, list[Sample]]:
+        """The held-out samples of each half, by hash: those of `choose` first."""
+        if not self._pieces:
+            prepared = next(t.out.folder for t in self._tasks(config) if t.out.stage == "prepare")
+            by_domain: dict[str, list[Sample]] = {}
+            for sample in sorted(Corpus(prepared, "heldout"), key=lambda s: s.id):
+                by_domain.setdefault(sample.domain, []).append(sample)
+            first = 0
+            for half, count in self._counts().items():
+                self._pieces[half] = [s for those in by_domain.values() for s in those[first : first + count]]
+                first += count
+        return self._pieces
+
+
+def climb(lab: Lab, regime: Regime, rung: Rung, rates: Sequence[float], seeds: int) -> list[dict[str, Any]]:
+    """All runs of a rung: its figures at each learning rate for the first seed, at the best one for the others."""
+    tried = [_run(lab, regime, rung, rate, 0) for rate in rates]
+    best = min(range(len(rates)), key=lambda n: tried[n]["choose"]["mean"])
+    chosen = [tried[best], *(_run(lab, regime, rung, rates[best], seed) for seed in range(1, seeds))]
+    for told in tried:
+        told["chosen"] = told is tried[best]
+    for told in chosen[1:]:
+        told["chosen"] = True
+    return [*tried, *chosen[1:]]
+
+
+def _run(lab: Lab, regime: Regime, rung: Rung, rate: float, seed: int) -> dict[str, Any]:
+    """One run: its targets, what they merge to, and their figures; those of the run are its best merge's."""
+    config = lab.config(rung, regime, seed, rate)
+    tracking.say(f"[bold]{regime.name} · {rung.about} · rate {rate:g} · seed {seed}[/bold]")
+    targets = lab.targets(config, rung)
+    manifests = {name: read_manifest(target.folder) for name, target in targets.items()}
+    models = {name: _measured(lab, config, name, a.folder / "model", a.key) for name, a in targets.items()}
+    for name, settings in rung.merges.items():
+        merged = lab.merged(config, dict(settings))
+        models[name] = _measured(
+            lab, config, name.replace(" ", "-").replace(",", ""), merged.folder / "model", merged.key
+        )
+    among = list(rung.merges) or list(targets)
+    told = models[min(among, key=lambda name: models[name]["choose"]["mean"])]
+    facts = [m["facts"] for m in manifests.values()]
+    return {
+        "regime": regime.name,
+        "rung": rung.name,
+        "about": rung.about,
+        "rate": rate,
+        "seed": seed,
+        **told,
+        "models": models,
+        "targets": list(targets),
+        "steps": sum(int(f["steps"]) for f in facts),
+        "positions": sum(int(f["positions"]) for f in facts),
+        "seconds": sum(float(f["seconds"]) for f in facts),
+        "cache_bytes": 0 if rung.trains == "control" else lab.read_by(config),
+        "config": yaml.safe_load(
+            (lab.work / "configs" / f"{regime.name}-{rung.name}-{seed}-{rate:g}.yaml").read_text()
+        ),
+    }
+
+
+def _measured(lab: Lab, config: Config, name: str, folder: Path, key: str) -> dict[str, dict[str, float]]:
+    found = lab.bits(config, name, folder, key)
+    return {half: {**bits, "mean": sum(bits.values()) / len(bits)} for half, bits in found.items()}
+
+
+def untrained(lab: Lab, regime: Regime) -> list[dict[str, Any]]:
+    """The pivot and the sources as they are."""
+    config = lab.config(RUNGS["labels"], regime, 0, RATES[0])
+    pipeline.run(config, only=["prepare"])
+    rows = []
+    models = {"pivot": Path(config.pivot.model), **{n: ZOO / folder for n, folder in ladder.SOURCES.items()}}
+    for name, folder in models.items():
+        key = digest(hub.fingerprint(folder, lab.work / "fingerprints.json"))
+        about = "the pivot" if name == "pivot" else f"source {name}"
+        told = _measured(lab, config, name, folder, key)
+        rows.append({"regime": regime.name, "rung": name, "about": about, "seed": 0, "chosen": True, **told})
+    return rows
+
+
+def main() -> None:
+    """Climb."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="a tiny corpus, one rate, one seed: whether it works")
+    parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES))
+    parser.add_argument("--rungs", nargs="+", choices=RUNGS, default=list(RUNGS))
+    parser.add_argument("--rates", nargs="+", type=float, default=list(RATES), help="learning rates to choose from")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--work", type=Path, default=Path("build/quality"), help="folder that keeps everything")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures to a file")
+    parser.add_argument("--plot", type=Path, metavar="OUT", help="draw the ladder into a picture")
+    given = common.parsed(parser)
+    if not ZOO.is_dir():
+        raise ValueError(f"{ZOO} is not there; the ladder needs the shared models and texts")
+    if given.seeds < 1:
+        raise ValueError(f"--seeds {given.seeds}: must be at least 1")
+    regimes = [QUICK] if given.quick else [REGIMES[name] for name in given.regimes]
+    rates, seeds = ([1e-3], 1) if given.quick else (given.rates, given.seeds)
+    _climb_all(given, regimes, rates, seeds)
+
+
+def _climb_all(given: argparse.Namespace, regimes: Sequence[Regime], rates: Sequence[float], seeds: int) -> None:
+    os.environ.setdefault("WANDB_MODE", "disabled")
+    cluster.start()
+    try:
+        lab, rows, begun = Lab(given.work.resolve(), given.quick), list[dict[str, Any]](), time.monotonic()
+        for regime in regimes:
+            rows += untrained(lab, regime)
+            for name in given.rungs:
+                rows += climb(lab, regime, RUNGS[name], rates, seeds)
+                common.write(given.json, rows)
+            ladder_show.table(regime, rows)
+        if given.plot:
+            ladder_show.picture(given.plot, regimes, rows)
+        tracking.say(f"{time.monotonic() - begun:.0f} s in all")
+    finally:
+        cluster.stop()
+
+
+if __name__ == "__main__":
+    common.door(main)
