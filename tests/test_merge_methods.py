@@ -159,7 +159,7 @@ def test_odd_shapes_pass_and_equals_come_back_where_they_must(name: str) -> None
             state, more = method.module.conclude(parameters, state, found)
         inputs.surveyed = state
         merged = method.merge(inputs, parameters)
-        parts = inputs.map(lambda block: merged.block(block).values, rows=merged.rows)  # noqa: B023
+        parts = inputs.map(lambda block: torch.as_tensor(merged.block(block).values), rows=merged.rows)  # noqa: B023
         tensor = torch.cat(parts) if parts else torch.empty(0)
         assert tensor.numel() == ones.numel() and torch.isfinite(tensor).all()
         assert len(merged.weights) == count

@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -155,19 +156,32 @@ class _Run:
 
     def work(self) -> None:
         """Merge this rank's files."""
+        if not self._asks_torch() and "torch" not in sys.modules:
+            return self._with_threads(lambda: None)
         before = torch.get_num_threads()
-        torch.set_num_threads(1)  # the pool has the cores; and one thread sums in one order
+        alone = partial(torch.set_num_threads, 1)  # the pool has the cores; and one thread sums in one order
+        alone()
         try:
-            with (
-                ThreadPoolExecutor(
-                    self._planned.threads + _WAITING, initializer=torch.set_num_threads, initargs=(1,)
-                ) as pool,
-                ThreadPoolExecutor(self._planned.at_once, initializer=torch.set_num_threads, initargs=(1,)) as drivers,
-            ):
-                self._survey(pool, drivers)
-                self._merge(pool, drivers)
+            self._with_threads(alone)
         finally:
             torch.set_num_threads(before)
+
+    def _asks_torch(self) -> bool:
+        """Whether any tensor is merged by torch's operators: importing it takes as long as to merge a gigabyte."""
+        for job in self._planned.layout.jobs:
+            views = [*job.models, *job.statistics, *([] if job.base is None else [job.base])]
+            narrow = {view.dtype for view in views} | {job.dtype} == {"bfloat16"}
+            if job.method is not None and not (narrow and job.scale == 1 and get_method(job.method).compiled):
+                return True
+        return self._device != "cpu"
+
+    def _with_threads(self, begin: Callable[[], None]) -> None:
+        with (
+            ThreadPoolExecutor(self._planned.threads + _WAITING, initializer=begin) as pool,
+            ThreadPoolExecutor(self._planned.at_once, initializer=begin) as drivers,
+        ):
+            self._survey(pool, drivers)
+            self._merge(pool, drivers)
 
     def _merge(self, pool: Executor, drivers: Executor) -> None:
         for shard in self._planned.shards if cluster.is_main() else ():
@@ -211,9 +225,9 @@ class _Run:
             part = merged.block(block)
             values = part.values
             if job.scale != 1:
-                values = torch.add(block.base, values - block.base, alpha=job.scale)
+                values = torch.add(block.base, torch.as_tensor(values) - block.base, alpha=job.scale)
             shard.write(job, block.start, _stored(values, job))
-            self._on_bytes(int(share * (block.start + values.numel())) - int(share * block.start))
+            self._on_bytes(int(share * (block.start + block.size)) - int(share * block.start))
             return Facts.of(block, part.kept, part.erased)
 
         return report(job, merged, inputs.map(work, rows=merged.rows))
@@ -270,10 +284,13 @@ class _Run:
 
 def _stored(values: Any, job: Job) -> NDArray[Any]:
     """Merged numbers in the type to write; ValueError where they do not fit."""
-    if job.dtype == "bfloat16" and values.dtype == torch.float32 and values.is_cpu:
-        stored: NDArray[Any] = np.empty(values.numel(), np.uint16)
-        fits = kernels.narrow(values.contiguous().numpy(), stored)
+    if isinstance(values, np.ndarray) and job.dtype == "bfloat16" and values.dtype == np.float32:
+        stored: NDArray[Any] = np.empty(values.size, np.uint16)
+        fits = kernels.narrow(values, stored)
     else:
+        values = torch.as_tensor(values)
+        if job.dtype == "bfloat16" and values.dtype == torch.float32 and values.is_cpu:
+            return _stored(values.contiguous().numpy(), job)
         dtype = getattr(torch, job.dtype)
         low, high = torch.aminmax(values) if values.numel() else (values.sum(), values.sum())
         fits = max(-low.item(), high.item()) <= torch.finfo(dtype).max  # what is not a number is not smaller either

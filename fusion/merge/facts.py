@@ -29,9 +29,9 @@ class Facts:
         """Of a block, with what the method kept and erased of it."""
         if not block.has_base:
             return cls(None, 0, 0, kept, erased)
-        if block.values.is_cpu:
+        if block.on_cpu:
             gram = np.empty((block.count, block.count))
-            moved, conflicts = kernels.account(block.values.numpy(), gram)
+            moved, conflicts = kernels.account(block.array, gram)
             if not np.isfinite(gram).all():  # the products of weights that large do not fit their type
                 apart = block.deltas.double().numpy()
                 gram = np.nan_to_num(apart @ apart.T)

@@ -64,8 +64,7 @@ class Streamed(Inputs):
         weights = [*([] if job.base is None else [job.base]), *job.models]
         alike = [view for view in job.statistics if view.shape == job.shape]
         self._rows: list[View] = [*weights, *(alike if len(alike) == len(job.statistics) else [])]
-        wide = any(np.dtype(STORAGE[view.dtype]).itemsize > 2 for view in weights)
-        self._dtype = torch.float64 if wide else torch.float32
+        self._wide = any(np.dtype(STORAGE[view.dtype]).itemsize > 2 for view in weights)
         self._looked_at = False  # every weight was seen to be finite
         self._held: list[NDArray[Any]] | None = None
         self._filled: set[int] = set()
@@ -88,6 +87,10 @@ class Streamed(Inputs):
                 future.cancel()
         self._looked_at = True
         return found
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.float64 if self._wide else torch.float32
 
     @property
     def _block(self) -> int:
@@ -128,7 +131,7 @@ class Streamed(Inputs):
             load = partial(self._numbers, stored, at - start, count)
             one = Block(at, count, load, self.has_base, self.models)
             if not self._looked_at:
-                _ = one.values  # which is where they are looked at
+                _ = one.on_cpu  # the numbers are made, which is where they are looked at
             found.append(work(one))
         return found
 
@@ -152,30 +155,33 @@ class Streamed(Inputs):
             sizes = [(count, STORAGE[view.dtype]) for view in self._rows]
         return [memory.reshape(-1, count) for memory in self._buffers.arrays(purpose, sizes)]
 
-    def _numbers(self, stored: list[NDArray[Any]], start: int, count: int) -> torch.Tensor:
+    def _numbers(self, stored: list[NDArray[Any]], start: int, count: int) -> NDArray[Any] | torch.Tensor:
         """Stored elements as numbers, (R, B), in memory that this thread uses again for the next block.
 
         ValueError for one that is not finite.
         """
         rows = len(self._rows)
+        values: NDArray[Any] | torch.Tensor
         if self._device == "cpu":
-            kind = np.float64 if self._dtype is torch.float64 else np.float32
-            (memory,) = self._buffers.arrays("block", [(rows * count, kind)])
-            values = torch.from_numpy(memory).view(rows, count)
+            (memory,) = self._buffers.arrays("block", [(rows * count, np.float64 if self._wide else np.float32)])
+            values = memory.reshape(rows, count)
         else:
             values = torch.empty(rows, count, dtype=self._dtype, device=self._device)
         place, finite = 0, True
         for raw in stored:
             part, into = raw[:, start : start + count], values[place : place + len(raw)]
-            if self._device == "cpu" and self._rows[place].dtype == "bfloat16" and into.dtype == torch.float32:
-                for row, target in zip(part, into.numpy(), strict=True):
+            if isinstance(into, np.ndarray) and not self._wide and self._rows[place].dtype == "bfloat16":
+                for row, target in zip(part, into, strict=True):
                     finite &= kernels.widen(row, target)
             else:
-                into.copy_(_as_torch(part, self._rows[place].dtype))
-                finite &= self._looked_at or _finite(into)
+                numbers = torch.as_tensor(into)
+                numbers.copy_(_as_torch(part, self._rows[place].dtype))
+                finite &= self._looked_at or _finite(numbers)
             place += len(raw)
         if not finite:
-            raise next(_broken(view) for view, row in zip(self._rows, values, strict=True) if not _finite(row))
+            raise next(
+                _broken(view) for view, row in zip(self._rows, values, strict=True) if not _finite(torch.as_tensor(row))
+            )
         return values
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
+import numpy as np
+
 from fusion.merge.lazy import torch
 
 T = TypeVar("T")
@@ -26,13 +28,31 @@ def block_elements(rows: int) -> int:
 
 @dataclass(frozen=True)
 class Block:
-    """A stretch of one tensor in all inputs, from element `start` on; its numbers are made when they are asked for."""
+    """A stretch of one tensor in all inputs, from element `start` on; its numbers are made when they are asked for.
+
+    On the CPU they are a NumPy array, for compiled loops; a method that asks for nothing else has no need of torch.
+    """
 
     start: int
     size: int  # B
-    load: Callable[[], torch.Tensor]
+    load: Callable[[], np.ndarray | torch.Tensor]
     has_base: bool
     count: int  # of models
+
+    @cached_property
+    def _numbers(self) -> np.ndarray | torch.Tensor:
+        return self.load()
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether `array` is there."""
+        return isinstance(self._numbers, np.ndarray)
+
+    @property
+    def array(self) -> np.ndarray:
+        """`values` on the CPU."""
+        assert isinstance(self._numbers, np.ndarray)
+        return self._numbers
 
     @cached_property
     def values(self) -> torch.Tensor:
@@ -41,7 +61,7 @@ class Block:
         So θ₀ + (θ − θ₀) gives θ back in the precision it was stored in. The rows are the base if there is one, the
         models, their statistics if any.
         """
-        return self.load()
+        return torch.from_numpy(self._numbers) if isinstance(self._numbers, np.ndarray) else self._numbers
 
     @property
     def base(self) -> torch.Tensor:
@@ -154,8 +174,9 @@ class InMemory(Inputs):
         return work(self._block(start, block_elements(len(self._rows))))
 
     def _block(self, start: int, size: int) -> Block:
-        def load() -> torch.Tensor:
-            return torch.stack([row[start : start + size].to(self._dtype) for row in self._rows])
+        def load() -> np.ndarray | torch.Tensor:
+            values = torch.stack([row[start : start + size].to(self._dtype) for row in self._rows])
+            return values.numpy() if values.is_cpu else values
 
         return Block(start, min(size, self.numel - start), load, self.has_base, self.models)
 
@@ -176,7 +197,7 @@ class Part:
     afterwards; empty for a method that does neither.
     """
 
-    values: torch.Tensor
+    values: np.ndarray | torch.Tensor
     kept: Sequence[int] = ()
     erased: Sequence[int] = ()
 
@@ -196,12 +217,12 @@ class Merged:
     def of(cls, tensor: torch.Tensor, weights: Sequence[float]) -> Merged:
         """A result that is there in full."""
         flat = tensor.reshape(-1)
-        return cls(list(weights), lambda block: Part(flat[block.start : block.start + block.values.shape[1]]))
+        return cls(list(weights), lambda block: Part(flat[block.start : block.start + block.size]))
 
 
 def joined(inputs: Inputs, merged: Merged) -> torch.Tensor:
     """The merged tensor in full, in the shape of the inputs."""
-    parts = inputs.map(lambda block: merged.block(block).values, rows=merged.rows)
+    parts = inputs.map(lambda block: torch.as_tensor(merged.block(block).values), rows=merged.rows)
     return torch.cat(parts).view(inputs.shape) if parts else inputs.whole(0)
 
 

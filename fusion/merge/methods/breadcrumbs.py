@@ -12,12 +12,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import numpy as np
+
 from fusion.merge.lazy import torch
 from fusion.merge.methods.base import Block, Inputs, Merged, Range
 from fusion.merge.methods.magnitude import between, largest
 from fusion.merge.methods.sparse import Election, Weighing, put_together, restoring
 
 NEEDS_BASE = True
+COMPILED = True
 REFERENCE = "Davari & Belilovsky 2023, arXiv 2312.06795"
 
 
@@ -46,7 +49,7 @@ def masked(inputs: Inputs, parameters: Parameters, election: Election | None) ->
     reach = [top + left for top, left in zip(tops, stay, strict=True)]
     keep, drop = largest(inputs, [reach, tops], ties="last")
 
-    def kept(block: Block) -> torch.Tensor:
+    def kept(block: Block) -> np.ndarray | torch.Tensor:
         return between(block, keep, drop)
 
     scales = restoring(inputs, kept) if parameters.rescale == "norm" else None

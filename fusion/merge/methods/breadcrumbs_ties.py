@@ -5,6 +5,7 @@ from fusion.merge.methods.breadcrumbs import Parameters as Parameters
 from fusion.merge.methods.breadcrumbs import masked
 
 NEEDS_BASE = True
+COMPILED = True
 REFERENCE = "Davari & Belilovsky 2023, arXiv 2312.06795"
 
 

@@ -17,6 +17,7 @@ from fusion.merge.methods.sparse import one_pass as one_pass
 from fusion.merge.methods.sparse import scratch_bytes as scratch_bytes
 
 NEEDS_BASE = True
+COMPILED = True
 REFERENCE = "Yu et al. 2023, arXiv 2311.03099"
 
 

@@ -33,6 +33,7 @@ from fusion.merge.methods.sparse import one_pass as one_pass
 from fusion.merge.methods.sparse import scratch_bytes as scratch_bytes
 
 NEEDS_BASE = True
+COMPILED = True
 REFERENCE = "Deep et al. 2024, arXiv 2406.11617"
 
 
@@ -84,12 +85,11 @@ def sampled(inputs: Inputs, parameters: Sampling) -> Factors:
         least[k], steps[k] = density - spread, 2 * spread / max(1, inputs.row - 1)
     own, inverse = keys(inputs), parameters.rescale == "paper"
 
-    def factors(block: Block) -> torch.Tensor:
-        if not block.values.is_cpu:
+    def factors(block: Block) -> np.ndarray | torch.Tensor:
+        if not block.on_cpu:
             return _sampled(block.deltas, inputs.row, block.start, own, least, steps, inverse)
-        kind = block.values.dtype if inverse else torch.bool
-        out = torch.empty(block.count, block.size, dtype=kind)
-        draws.sample(block.values.numpy(), inputs.row, block.start, own, least, steps, inverse, out.numpy())
+        out = np.empty((block.count, block.size), block.array.dtype if inverse else np.bool_)
+        draws.sample(block.array, inputs.row, block.start, own, least, steps, inverse, out)
         return out
 
     return factors

@@ -9,6 +9,7 @@ from fusion.merge.methods.sparse import one_pass as one_pass
 from fusion.merge.methods.sparse import scratch_bytes as scratch_bytes
 
 NEEDS_BASE = True
+COMPILED = True
 REFERENCE = "Deep et al. 2024, arXiv 2406.11617"
 
 

@@ -1,12 +1,19 @@
 """Weighted average of the models (model soups, Wortsman et al. 2022, 2203.05482): θ = Σ w_k θ_k."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from fusion.merge.lazy import kernels, torch
+import numpy as np
+
+from fusion.merge.lazy import kernels
 from fusion.merge.methods.base import Block, Inputs, Merged, Part
+
+if TYPE_CHECKING:
+    import torch
 
 NEEDS_BASE = False
 ONE_PASS = True
+COMPILED = True
 REFERENCE = "Wortsman et al. 2022, arXiv 2203.05482"
 
 
@@ -24,27 +31,33 @@ class Parameters:
 def merge(inputs: Inputs, parameters: Parameters) -> Merged:
     """θ = Σ w_k θ_k; a base plays no part."""
     chosen = shares(parameters.weights, parameters.normalize)
-    return Merged(chosen, lambda block: Part(weighted_sum(chosen, block.models)))
+    return Merged(chosen, lambda block: Part(averaged(chosen, block)))
 
 
 def weighted_sum(weights: list[float], rows_KB: "torch.Tensor") -> "torch.Tensor":
     """Σ w_k x_k, (B,), summed in the order of the rows."""
-    if rows_KB.is_cpu:
-        out = torch.empty_like(rows_KB[0])
-        kernels.weighted(rows_KB.numpy(), rows_KB.new_tensor(weights).numpy(), out.numpy())
-        return out
     total = rows_KB[0] * weights[0]
     for weight, row in zip(weights[1:], rows_KB[1:], strict=True):
         total.add_(row, alpha=weight)
     return total
 
 
-def updated(weights: list[float], block: Block) -> "torch.Tensor":
+def averaged(weights: list[float], block: Block) -> "np.ndarray | torch.Tensor":
+    """Σ w_k θ_k, (B,), summed in the order of the models."""
+    if not block.on_cpu:
+        return weighted_sum(weights, block.models)
+    models = block.array[block.has_base : block.has_base + block.count]
+    out = np.empty(block.size, models.dtype)
+    kernels.weighted(models, np.array(weights, models.dtype), out)
+    return out
+
+
+def updated(weights: list[float], block: Block) -> "np.ndarray | torch.Tensor":
     """θ₀ + Σ w_k δ_k, (B,), summed in the order of the models."""
-    if not block.values.is_cpu:
+    if not block.on_cpu:
         return weighted_sum(weights, block.deltas).add_(block.base)
-    out = torch.empty_like(block.base)
-    kernels.updated(block.values.numpy(), block.values.new_tensor(weights).numpy(), out.numpy())
+    out = np.empty(block.size, block.array.dtype)
+    kernels.updated(block.array, np.array(weights, out.dtype), out)
     return out
 
 

@@ -31,9 +31,9 @@ def spread(inputs: Inputs, prefix: Sequence[int], shift: int, width: int) -> tup
     wanted = np.array(prefix, np.int64)
 
     def look(block: Block) -> None:
-        if block.values.is_cpu:
+        if block.on_cpu:
             own = tables.mine(), zeros.mine()[:, 0]
-            counting.count_magnitudes(block.values.numpy(), wanted, shift, width, *own)
+            counting.count_magnitudes(block.array, wanted, shift, width, *own)
             return
         bits = magnitudes(block).view(torch.int32)
         zeros.mine()[:, 0] += (block.deltas == 0).sum(1).cpu().numpy()
@@ -90,8 +90,8 @@ def _lows(inputs: Inputs, models: np.ndarray, places: np.ndarray) -> np.ndarray:
     tables = Histogram(len(models), 1 << 16)
 
     def look(block: Block) -> None:
-        if block.values.is_cpu:
-            counting.count_lows(block.values.numpy(), models, places, tables.mine())
+        if block.on_cpu:
+            counting.count_lows(block.array, models, places, tables.mine())
             return
         bits = magnitudes(block).view(torch.int32)[models.tolist()]
         for row, place, table in zip(bits, places.tolist(), tables.mine(), strict=True):
@@ -107,8 +107,8 @@ def _edges(inputs: Inputs, wanted: Sequence[tuple[int, float, int]], ties: str) 
     thresholds = np.array([threshold for _, threshold, _ in wanted], np.float32)
 
     def look(block: Block) -> tuple[int, list[int]]:
-        if block.values.is_cpu:
-            return block.start, counting.count_equal(block.values.numpy(), models, thresholds).tolist()
+        if block.on_cpu:
+            return block.start, counting.count_equal(block.array, models, thresholds).tolist()
         sizes = magnitudes(block)[models.tolist()]
         return block.start, (sizes == sizes.new_tensor(thresholds)[:, None]).sum(1).tolist()
 
@@ -134,31 +134,35 @@ def _edge(
         needed -= equal[index]
 
     def find(block: Block) -> int:
-        sizes = (block.models[model] - block.base).abs().float()
-        places = (sizes == threshold).nonzero().squeeze(1)
+        if block.on_cpu:
+            sizes = np.abs(block.array[model + 1] - block.array[0]).astype(np.float32)
+            places = np.flatnonzero(sizes == np.float32(threshold))
+        else:
+            equal = (block.models[model] - block.base).abs().float() == threshold
+            places = equal.nonzero().squeeze(1).cpu().numpy()
         return block.start + int(places[needed - 1] if ties == "first" else places[-needed])
 
     return inputs.one(start, find)
 
 
-def between(block: Block, keep: Sequence[Cut], drop: Sequence[Cut] = ()) -> torch.Tensor:
+def between(block: Block, keep: Sequence[Cut], drop: Sequence[Cut] = ()) -> np.ndarray | torch.Tensor:
     """Which elements of each model the cuts of `keep` take, and those of `drop` do not, (K, B) bool."""
-    if not block.values.is_cpu:
+    if not block.on_cpu:
         sizes = magnitudes(block)
         kept = torch.stack([cut.mask(row, block.start) for cut, row in zip(keep, sizes, strict=True)])
         for cut, row, own in zip(drop, sizes, kept, strict=False):
             own &= ~cut.mask(row, block.start)
         return kept
-    kept = torch.empty(block.count, block.size, dtype=torch.bool)
+    taken = np.empty((block.count, block.size), np.bool_)
     for cuts in (keep, drop) if drop else (keep,):
         limits, windows = _limits(cuts, block)
-        counting.above(block.values.numpy(), limits, windows, cuts is drop, kept.numpy())
-    return kept
+        counting.above(block.array, limits, windows, cuts is drop, taken)
+    return taken
 
 
 def _limits(cuts: Sequence[Cut], block: Block) -> tuple[np.ndarray, np.ndarray]:
     """What a magnitude must be above outside and within the places where equals are taken, and these, in the block."""
-    size = block.values.shape[1]
+    size = block.size
     thresholds = np.array([cut.threshold for cut in cuts], np.float32)
     limits = np.stack([thresholds, np.nextafter(thresholds, np.float32(-1))], axis=1)
     windows = [[cut.first - block.start, cut.last + 1 - block.start] for cut in cuts]

@@ -21,8 +21,9 @@ class Method:
     (ValueError) what does not go together; `merge(inputs, parameters) → Merged`; `NEEDS_BASE`; `REFERENCE`. It may
     have `MODELS`, how many it merges, where that is a fixed number; `STATISTICS`, the kind it needs of each model
     (`element`: a number for each element, in every block; `gram`: a matrix for each weight matrix); `ONE_PASS`, or
-    `one_pass(parameters)`, if it reads a tensor once; `scratch_bytes(models, itemsize)`, what it holds for each element
-    of a tensor beside blocks, and `in_full(job, parameters)`, for which tensors it does, where that is not all of them;
+    `one_pass(parameters)`, if it reads a tensor once; `COMPILED`, if on the CPU it works on `Block.array` alone;
+    `scratch_bytes(models, itemsize)`, what it holds for each element of a tensor beside blocks, and
+    `in_full(job, parameters)`, for which tensors it does, where that is not all of them;
     `survey(inputs, parameters, state)` with `conclude(parameters, state, found)`, see `fusion.merge.engine`;
     `surveys(parameters)`, whether these parameters need one, and `SURVEYED`, the names of those that it goes by.
     """
@@ -45,6 +46,11 @@ class Method:
         if hasattr(self.module, "one_pass"):
             return self.module.one_pass(parameters)
         return getattr(self.module, "ONE_PASS", False)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether compiled loops do all of it on the CPU, without torch."""
+        return getattr(self.module, "COMPILED", False)
 
     def scratch_bytes(self, job: Any, itemsize: int) -> int:
         """Bytes it holds of a `Job`'s tensor beside blocks, elements taking `itemsize` bytes; 0 where it streams."""

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from fusion.merge.methods.base import Inputs, Merged, Part, Range
-from fusion.merge.methods.linear import shares, weighted_sum
+from fusion.merge.methods.linear import averaged, shares
 
 NEEDS_BASE = False
 ONE_PASS = True
+COMPILED = True
 REFERENCE = "Yu and Choi 2025, arXiv 2504.18580"
 
 
@@ -40,7 +41,7 @@ class Parameters:
 def merge(inputs: Inputs, parameters: Parameters) -> Merged:
     """Σ w_k θ_k; a base plays no part."""
     weights = _weights(parameters)
-    return Merged(weights, lambda block: Part(weighted_sum(weights, block.models)))
+    return Merged(weights, lambda block: Part(averaged(weights, block)))
 
 
 def _weights(parameters: Parameters) -> list[float]:

@@ -19,7 +19,8 @@ from fusion.merge.lazy import draws, kernels, torch
 from fusion.merge.methods.base import Block, Inputs, Merged, Part, Range
 from fusion.merge.methods.linear import shares
 
-Factors = Callable[[Block], "torch.Tensor"]  # what each element is multiplied by: (K, B), bool or of the values' type
+# What each element is multiplied by: (K, B), bool or of the values' type.
+Factors = Callable[[Block], "np.ndarray | torch.Tensor"]
 Election = Literal["sum", "count"]
 
 DRAWS = 1 << 24  # what is drawn is one of 0 … 2^24 - 1
@@ -71,21 +72,20 @@ def put_together(
 
 def settle(
     block: Block,
-    factors_KB: torch.Tensor,
+    factors_KB: np.ndarray | torch.Tensor,
     scales: Sequence[float],
     weights: Sequence[float],
     election: Election | None,
     floor: float,
     scale: float,
-) -> tuple[torch.Tensor, list[int], list[int]]:
+) -> tuple[np.ndarray | torch.Tensor, list[int], list[int]]:
     """The merged values of a block, and how many elements of each model were kept, and dropped for their sign."""
-    if not block.values.is_cpu:
+    if not isinstance(factors_KB, np.ndarray):
         return _settle(block, factors_KB, scales, weights, election, floor, scale)
     vote = 0 if election is None else 1 if election == "sum" else 2
-    by_model, weight = (block.values.new_tensor(numbers).numpy() for numbers in (scales, weights))
-    out = torch.empty_like(block.base)
-    arrays = block.values.numpy(), factors_KB.numpy(), by_model, weight
-    kept, erased = kernels.settle(*arrays, vote, floor, scale, out.numpy()).tolist()
+    out = np.empty(block.size, block.array.dtype)
+    by_model, weight = (np.array(numbers, out.dtype) for numbers in (scales, weights))
+    kept, erased = kernels.settle(block.array, factors_KB, by_model, weight, vote, floor, scale, out).tolist()
     return out, kept, erased
 
 
@@ -123,13 +123,13 @@ def restoring(inputs: Inputs, factors: Factors, rows: bool = False) -> list[floa
 
     def look(block: Block) -> np.ndarray:
         kept = factors(block)
-        if not kept.is_cpu:
+        if not isinstance(kept, np.ndarray):
             sizes = block.deltas.abs()
             return np.array(
                 [sizes.sum(1, dtype=torch.float64).tolist(), sizes.mul_(kept).sum(1, dtype=torch.float64).tolist()]
             )
         sums = np.empty((2, inputs.models))
-        kernels.norms(block.values.numpy(), kept.numpy(), sums)
+        kernels.norms(block.array, kept, sums)
         return sums
 
     before, after = sum(inputs.map(look, rows=rows), np.zeros((2, inputs.models))).tolist()
@@ -160,14 +160,16 @@ class Remembered:
     def __init__(self, factors: Factors) -> None:
         self._factors, self._bits = factors, dict[int, np.ndarray]()
 
-    def __call__(self, block: Block) -> torch.Tensor:
+    def __call__(self, block: Block) -> np.ndarray | torch.Tensor:
         """(K, B) bool."""
         if block.start not in self._bits:
-            kept = self._factors(block).to(torch.bool)
-            self._bits[block.start] = np.packbits(kept.cpu().numpy().reshape(-1))
+            kept = self._factors(block) != 0
+            bits = kept if isinstance(kept, np.ndarray) else kept.cpu().numpy()
+            self._bits[block.start] = np.packbits(bits.reshape(-1))
             return kept
         bits = np.unpackbits(self._bits[block.start], count=block.count * block.size).view(np.bool_)
-        return torch.from_numpy(bits).view(block.count, block.size).to(block.values.device)
+        bits = bits.reshape(block.count, block.size)
+        return bits if block.on_cpu else torch.from_numpy(bits).to(block.values.device)
 
 
 def keys(inputs: Inputs) -> np.ndarray:
@@ -182,13 +184,13 @@ def drawn(inputs: Inputs, densities: Sequence[float]) -> Factors:
     own = keys(inputs)
     limits = np.array([math.ceil(density * DRAWS) for density in densities], np.uint32)
 
-    def factors(block: Block) -> torch.Tensor:
-        device = block.values.device
-        if not block.values.is_cpu:
+    def factors(block: Block) -> np.ndarray | torch.Tensor:
+        if not block.on_cpu:
+            device = block.values.device
             places = numbers(own, block.start, block.size, device)
             return places < torch.from_numpy(limits.astype(np.int64)).to(device)[:, None]
-        kept = torch.empty(block.count, block.size, dtype=torch.bool)
-        draws.draw(block.start, own, limits, kept.numpy())
+        kept = np.empty((block.count, block.size), np.bool_)
+        draws.draw(block.start, own, limits, kept)
         return kept
 
     return factors

@@ -8,6 +8,7 @@ from fusion.merge.methods.linear import shares, updated
 
 NEEDS_BASE = True
 ONE_PASS = True
+COMPILED = True
 REFERENCE = "Ilharco et al. 2022, arXiv 2212.04089"
 
 

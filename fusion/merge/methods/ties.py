@@ -23,6 +23,7 @@ from fusion.merge.methods.select import Cut, bucket, from_bits
 from fusion.merge.methods.sparse import Weighing, put_together, restoring
 
 NEEDS_BASE = True
+COMPILED = True
 SURVEYED = ("trim", "density")
 REFERENCE = "Yadav et al. 2023, arXiv 2306.01708"
 
@@ -62,7 +63,7 @@ def merge(inputs: Inputs, parameters: Parameters) -> Merged:
     else:
         (cuts,) = largest(inputs, [[int(density * inputs.numel) for density in parameters.density]])
 
-    def kept(block: Block) -> torch.Tensor:
+    def kept(block: Block) -> np.ndarray | torch.Tensor:
         return between(block, cuts)
 
     scales = restoring(inputs, kept) if parameters.rescale == "norm" else None
