@@ -35,7 +35,8 @@ REGIMES = {
         Regime("converged", "15 % of it, 12 passes, from a pivot trained to convergence first", 0.15, 12, True),
     )
 }
-QUICK = Regime("quick", "3 % of the corpus, 4 passes", 0.03, 4)
+QUICK = Regime("quick", "3 % of the corpus, 3 passes", 0.03, 3)
+QUICK_RATE = 3e-4
 
 
 @dataclass(frozen=True)

@@ -60,8 +60,15 @@ def table(regime: Regime, rows: Sequence[dict[str, Any]]) -> None:
     common.show(f"{regime.name}: {regime.about}", columns, shown)
 
 
+def _colour(label: str) -> str:
+    """Grey for what fuses nothing, orange for what was published, blue for ours."""
+    if label.startswith(("pivot", "labels")):
+        return "#7f7f7f"
+    return "#d9822b" if label.startswith("fuse") else "#1f77b4"
+
+
 def picture(path: Path, regimes: Sequence[Regime], rows: Sequence[dict[str, Any]]) -> None:
-    """Bars of the mean over domains, with the spread over seeds, a panel a regime."""
+    """The mean over domains with its spread over seeds, a panel a regime; a line at the pivot."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -74,17 +81,23 @@ def picture(path: Path, regimes: Sequence[Regime], rows: Sequence[dict[str, Any]
         1, len(panels), figsize=(7 * len(panels), 0.34 * tallest + 1.4), squeeze=False, layout="constrained"
     )
     for axis, regime, lines in zip(axes[0], regimes, panels, strict=True):
-        values = [line["bits"]["mean"][0] for line in lines]
-        colours = ["#7f7f7f" if line["label"].startswith(("pivot", "labels")) else "#1f77b4" for line in lines]
-        colours = ["#d9822b" if line["label"].startswith("fuse") else c for line, c in zip(lines, colours, strict=True)]
+        values, spread = ([line["bits"]["mean"][n] for line in lines] for n in (0, 1))
         at = range(len(lines))
-        axis.barh(at, values, xerr=[line["bits"]["mean"][1] for line in lines], color=colours, height=0.7)
+        for y, line in zip(at, lines, strict=True):  # points, and no bars: these would have to begin at 0
+            axis.errorbar(values[y], y, xerr=spread[y], fmt="o", markersize=5, capsize=3, color=_colour(line["label"]))
+            axis.annotate(
+                f"{values[y]:.4f}",
+                (values[y] + spread[y], y),
+                (6, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7,
+            )
+        axis.axvline(values[0], color="#bbbbbb", linewidth=0.8, zorder=0)
         axis.set_yticks(at, [line["about"] for line in lines], fontsize=8)
         axis.invert_yaxis()
         room = 0.15 * (max(values) - min(values)) or 0.01
         axis.set_xlim(min(values) - room, max(values) + 2 * room)
-        for y, value in zip(at, values, strict=True):
-            axis.annotate(f"{value:.4f}", (value, y), (4, 0), textcoords="offset points", va="center", fontsize=7)
         axis.set_title(regime.about, fontsize=9)
         axis.set_xlabel("bits per byte, mean over domains")
         axis.spines[["top", "right"]].set_visible(False)

@@ -10,8 +10,9 @@ Figures, with the config of each run, go to --json; the table's picture to --plo
 """
 
 import argparse
-import os
+import logging
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ import ladder
 import ladder_corpus
 import ladder_show
 import yaml
-from ladder import QUICK, RATES, REGIMES, RUNGS, Regime, Rung
+from ladder import QUICK, QUICK_RATE, RATES, REGIMES, RUNGS, Regime, Rung
 
 from fusion import cluster, hub, pipeline, tracking
 from fusion import config as configs
@@ -96,7 +97,7 @@ class Lab:
                 pipeline.run(config, only=["prepare"])
             else:
                 pipeline.run(config, only=["prepare", "capture", "align"])
-            pipeline.run(config, only=["distill"], targets=list(wanted))
+            pipeline.run(config, only=["distill"], targets=sorted(wanted))
         return wanted
 
     def merged(self, config: Config, settings: dict[str, Any]) -> Artifact:
@@ -224,12 +225,14 @@ def main() -> None:
     if given.seeds < 1:
         raise ValueError(f"--seeds {given.seeds}: must be at least 1")
     regimes = [QUICK] if given.quick else [REGIMES[name] for name in given.regimes]
-    rates, seeds = ([1e-3], 1) if given.quick else (given.rates, given.seeds)
+    rates, seeds = ([QUICK_RATE], 1) if given.quick else (given.rates, given.seeds)
+    if given.quick:
+        given.rungs = [name for name in given.rungs if RUNGS[name].times in (1, 10)]
     _climb_all(given, regimes, rates, seeds)
 
 
 def _climb_all(given: argparse.Namespace, regimes: Sequence[Regime], rates: Sequence[float], seeds: int) -> None:
-    os.environ.setdefault("WANDB_MODE", "disabled")
+    _quieten()
     cluster.start()
     try:
         lab, rows, begun = Lab(given.work.resolve(), given.quick), list[dict[str, Any]](), time.monotonic()
@@ -244,6 +247,17 @@ def _climb_all(given: argparse.Namespace, regimes: Sequence[Regime], rates: Sequ
         tracking.say(f"{time.monotonic() - begun:.0f} s in all")
     finally:
         cluster.stop()
+
+
+def _quieten() -> None:
+    """Leave the terminal to the ladder."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 if __name__ == "__main__":

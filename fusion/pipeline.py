@@ -102,8 +102,9 @@ def run(
             _do(config, tasks[0], checked)
         config = cluster.on_main(lambda: _admitted(config, found, tasks[0].out, repair, checked))
         tasks = cluster.on_main(lambda: plan(config, find(config)))
+    left = [t for t in tasks if targets and t.out.stage == "distill" and t.out.subject not in targets]
     for task in tasks:
-        if targets and task.out.stage == "distill" and task.out.subject not in targets:
+        if task in left:
             continue
         if cluster.on_main(task.out.done):
             if hasattr(stage(task.out.stage), "accept"):
@@ -113,7 +114,7 @@ def run(
             _do(config, task, checked)
             if hasattr(stage(task.out.stage), "accept"):
                 cluster.on_main(partial(stage(task.out.stage).accept, config, task.out))
-        elif any(task.out.folder in later.inputs.values() and later.out.stage in wanted for later in tasks):
+        elif any(t.out.stage in wanted and task.out.folder in t.inputs.values() for t in tasks if t not in left):
             raise ValueError(
                 f"{task.out.label} is not finished and a stage that was asked for reads it; leave away --only or --from"
             )

@@ -457,3 +457,21 @@ def test_parameters_are_counted_from_headers(tmp_path: Path, models: dict[str, P
     (damaged / "model.safetensors").write_bytes(b"\xff" * 40)
     with pytest.raises(ValueError, match=f"^{damaged / 'model.safetensors'}: is damaged"):
         pipeline.hub.count_parameters(damaged)
+
+
+def test_a_target_asks_for_what_it_reads_alone(
+    tmp_path: Path, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control learns from labels: nothing need be captured for it; a source's target waits for its own source."""
+    done: list[str] = []
+
+    def do(config: Config, task: pipeline.Task, checked: set[Path]) -> None:
+        done.append(task.out.label)
+
+    config = tiny.load(tmp_path, tree)
+    pipeline.run(config, only=["prepare"])
+    monkeypatch.setattr(pipeline, "_do", do)
+    pipeline.run(config, only=["distill"], targets=["control"])
+    assert done == ["distill/control"]
+    with pytest.raises(ValueError, match="capture/b is not finished and a stage that was asked for reads it"):
+        pipeline.run(config, only=["distill"], targets=["b"])

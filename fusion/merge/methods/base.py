@@ -220,6 +220,15 @@ class Merged:
         return cls(list(weights), lambda block: Part(flat[block.start : block.start + block.size]))
 
 
+def totals(inputs: Inputs, of: Callable[[Block], Sequence[float]], count: int) -> list[float]:
+    """Sums over blocks, in their order, of `count` numbers that each has.
+
+    Numbers and no tensors: small ones that stay, between large ones that go, break up the heap.
+    """
+    found = inputs.map(of)
+    return [sum(column) for column in zip(*found, strict=True)] if found else [0.0] * count
+
+
 def joined(inputs: Inputs, merged: Merged) -> torch.Tensor:
     """The merged tensor in full, in the shape of the inputs."""
     parts = inputs.map(lambda block: torch.as_tensor(merged.block(block).values), rows=merged.rows)

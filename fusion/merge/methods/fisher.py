@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 from fusion.merge.lazy import torch
 from fusion.merge.methods import linear
-from fusion.merge.methods.base import Block, Inputs, Merged, Part, Range
+from fusion.merge.methods.base import Block, Inputs, Merged, Part, Range, totals
 
 NEEDS_BASE = False
 STATISTICS = "element"
@@ -104,8 +104,8 @@ def divided(masses_KB: torch.Tensor, weights: list[float]) -> torch.Tensor:
 
 def mean_coefficients(inputs: Inputs, coefficients: Coefficients, weights: list[float]) -> list[float]:
     """Means over the elements of a tensor; the weights for one that has none."""
-    found = inputs.map(lambda block: coefficients(block).sum(1, dtype=torch.float64))
-    return (sum(found[1:], found[0]) / inputs.numel).tolist() if found else weights
+    sums = totals(inputs, lambda block: coefficients(block).sum(1, dtype=torch.float64).tolist(), len(weights))
+    return [total / inputs.numel for total in sums] if inputs.numel else weights
 
 
 def checked(inputs: Inputs, statistics_KB: torch.Tensor) -> torch.Tensor:
@@ -136,5 +136,8 @@ def _norms(inputs: Inputs, parameters: Parameters) -> list[float]:
 
 def _summed(inputs: Inputs, of: Callable[[torch.Tensor], torch.Tensor]) -> list[float]:
     """Sums over a tensor's elements of something of F, which is handed over in float64."""
-    found = inputs.map(lambda block: of(block.statistics.to(torch.float64, copy=True)).sum(1))
-    return sum(found[1:], found[0]).tolist() if found else [0.0] * inputs.models
+
+    def look(block: Block) -> list[float]:
+        return of(block.statistics.to(torch.float64, copy=True)).sum(1).tolist()
+
+    return totals(inputs, look, inputs.models)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from fusion.merge.lazy import torch
-from fusion.merge.methods.base import Block, Inputs, Merged, Range
+from fusion.merge.methods.base import Block, Inputs, Merged, Range, totals
 from fusion.merge.methods.spectral import Placed, combined, is_matrix, moved_by, thin_svd
 
 NEEDS_BASE = True
@@ -90,8 +90,7 @@ def _sum_squares(inputs: Inputs) -> list[float]:
         rows = torch.cat([block.deltas, block.deltas.sum(0, keepdim=True)])
         return rows.square_().sum(1, dtype=torch.float64).tolist()
 
-    found = inputs.map(look)
-    return [sum(column) for column in zip(*found, strict=True)] if found else [0.0] * (inputs.models + 1)
+    return totals(inputs, look, inputs.models + 1)
 
 
 def _accumulated(inputs: Inputs, parameters: Parameters) -> tuple[torch.Tensor, list[float]]:

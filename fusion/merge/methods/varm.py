@@ -17,8 +17,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fusion.merge.lazy import torch
-from fusion.merge.methods.base import Block, Inputs, Merged, Part
+import numpy as np
+
+from fusion.merge.lazy import kernels, torch
+from fusion.merge.methods.base import Block, Inputs, Merged, Part, totals
 from fusion.merge.methods.linear import updated
 
 NEEDS_BASE = True
@@ -80,8 +82,15 @@ def merge(inputs: Inputs, parameters: Parameters) -> Merged:
 
 def _energies(inputs: Inputs) -> list[float]:
     """Σ δ_k² of each model."""
-    found = inputs.map(lambda block: block.deltas.square().sum(1, dtype=torch.float64))
-    return sum(found[1:], found[0]).tolist() if found else [0.0] * inputs.models
+
+    def squares(block: Block) -> list[float]:
+        if not block.on_cpu:
+            return block.deltas.square().sum(1, dtype=torch.float64).tolist()
+        energy = np.empty(block.count)
+        kernels.energies(block.array, np.ones(block.size, np.bool_), energy)
+        return energy.tolist()
+
+    return totals(inputs, squares, inputs.models)
 
 
 def _weights(energies: Sequence[float]) -> list[float]:
@@ -93,8 +102,8 @@ def _by_element(inputs: Inputs) -> Merged:
     def work(block: Block) -> Part:
         return Part(_shares(block.deltas).mul_(block.deltas).sum(0).add_(block.base))
 
-    found = inputs.map(lambda block: _shares(block.deltas).sum(1, dtype=torch.float64))
-    mean = (sum(found[1:], found[0]) / inputs.numel).tolist() if found else _weights([0.0] * inputs.models)
+    sums = totals(inputs, lambda block: _shares(block.deltas).sum(1, dtype=torch.float64).tolist(), inputs.models)
+    mean = [total / inputs.numel for total in sums] if inputs.numel else _weights(sums)
     return Merged(mean, work)
 
 

@@ -1,0 +1,78 @@
+"""The quality ladder: every rung's config loads, parts of the corpus nest, sums are right."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny import ROOT, write_lines
+
+from fusion import config as configs
+
+
+@pytest.fixture
+def ladder(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("ladder")
+
+
+def test_every_rung_of_every_regime_is_a_config(ladder: Any, tmp_path: Path) -> None:
+    places = [tmp_path / name for name in ("pivot", "zoo", "corpus.jsonl", "heldout.jsonl", "out")]
+    for regime in (*ladder.REGIMES.values(), ladder.QUICK):
+        for rung in ladder.RUNGS.values():
+            holds = ladder.tree(rung, regime, *places, 3, 1e-3, ROOT / "configs/deepspeed/zero0.json")
+            (tmp_path / "c.yaml").write_text(yaml.safe_dump(holds))
+            config = configs.load(tmp_path / "c.yaml")
+            assert config.seed == 3 and config.distill.epochs * rung.times == pytest.approx(regime.passes)
+            assert (config.distill.topology == "pairwise") == (rung.trains == "pairwise")
+            published = rung.name in ("fusellm", "fusechat")
+            assert (config.align.procedure, config.distill.gate_unit) == (
+                (rung.name, "tokens") if published else ("boundaries", "bytes")
+            )
+            assert bool(rung.merges) == (rung.trains == "pairwise")
+
+
+def test_parts_of_the_corpus(ladder: Any, tmp_path: Path) -> None:
+    corpus = importlib.import_module("ladder_corpus")
+    rows = [{"domain": d, "text": f"{d} {n} " + "x" * 50} for d in ("math", "code", "prose") for n in range(20)]
+    small, large = corpus.part(rows, 200), corpus.part(rows, 700)
+    assert all(200 <= size < 270 for size in corpus.bytes_of(small).values())
+    assert all(row in large for row in small) and len(large) < len(rows)
+    others = [{"domain": d, "text": f"more {d}" + "y" * 900} for d in ("math", "code", "prose")]
+    assert [row for row in corpus.part(rows, 1500, others) if row in others] == others
+    with pytest.raises(ValueError, match="math: .* bytes of text, and 3000 are wanted"):
+        corpus.part(rows, 3000, others)
+    chat = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2\n#### 2"}]
+    asked = [{"messages": chat, "split": how} for how in ("train", "test")]
+    asked.append({"messages": [{"role": "user", "content": "2+2?"}, chat[1]], "split": "train"})
+    write_lines(tmp_path / "math_qa.jsonl", asked)
+    write_lines(tmp_path / "code_python.jsonl", [{"text": "def f():\n  pass"}, {"text": "x = 1"}])
+    write_lines(tmp_path / "prose_gutenberg.jsonl", [{"text": "It was."}])
+    known = [{"domain": "math", "text": "Question: 2+2?\nAnswer: 2 #### 2\n"}, {"domain": "code", "text": "x = 1"}]
+    found = corpus.more(tmp_path, known)
+    assert [row["text"] for row in found] == [
+        "Question: 1+1?\nAnswer: 2\n#### 2",
+        "def f():\n  pass",
+        "It was.",
+    ]
+
+
+def test_sums_over_seeds(ladder: Any) -> None:
+    show = importlib.import_module("ladder_show")
+
+    def bits(mean: float) -> dict[str, dict[str, float]]:
+        return {"report": {"math": mean, "code": mean, "prose": mean, "mean": mean}}
+
+    def run(rung: str, mean: float, chosen: bool = True, **more: Any) -> dict[str, Any]:
+        return {"regime": "quick", "rung": rung, "about": rung, "chosen": chosen, "rate": 1e-3, **bits(mean), **more}
+
+    models = {"a": bits(2.2), "b": bits(2.3), "average": bits(2.0)}
+    rows = [run("pivot", 2.4), run("labels", 2.3), run("labels", 2.2), run("labels", 1.0, chosen=False)]
+    rows.append(run("pairwise", 2.0, models=models, targets=["a", "b"]))
+    lines = {line["label"]: line for line in show.summed(ladder.QUICK, rows)}
+    assert list(lines) == ["pivot", "labels", "pairwise/a", "pairwise/b", "pairwise/average"]
+    assert lines["labels"]["bits"]["mean"] == pytest.approx((2.25, 0.0707), abs=1e-4)
+    assert lines["labels"]["gain"] == pytest.approx(0.15) and lines["labels"]["times"] == pytest.approx(1)
+    assert lines["pairwise/average"]["times"] == pytest.approx(0.4 / 0.15)
+    assert lines["pairwise/a"]["about"] == "pairwise, target a"
