@@ -16,15 +16,20 @@ def read(path: Path) -> Rows:
 
 
 def more(text: Path, without: Iterable[Mapping[str, str]]) -> Rows:
-    """What ../shared/text has of the zoo's three domains beside some rows, and beside GSM8K's test questions."""
-    known = {_bare(row["text"]) for row in without}
+    """What ../shared/text has of the zoo's three domains beside some rows, and beside GSM8K's test questions.
+
+    A text that shares more than one long line with any of those rows is left out too: code is copied about.
+    """
+    rows = list(without)
+    known = {_bare(row["text"]) for row in rows}
+    lines = {line for row in rows for line in _long_lines(row["text"])}
     found: Rows = []
     for domain, name in _FILES.items():
         for row in read(text / f"{name}.jsonl"):
             if row.get("split") == "test":
                 continue
             made = row.get("text") or _asked_and_answered(row["messages"])  # type: ignore[arg-type]
-            if _bare(made) not in known:
+            if _bare(made) not in known and len(_long_lines(made) & lines) < 2:
                 found.append({"domain": domain, "text": made})
     return found
 
@@ -38,8 +43,12 @@ def _bare(text: str) -> str:
     return " ".join(text.split())
 
 
-def part(rows: Rows, bytes_a_domain: float, rest: Rows = ()) -> Rows:  # type: ignore[assignment]
-    """So many bytes of each domain: the first rows by the hash of their text, then those of `rest`.
+def _long_lines(text: str) -> set[str]:
+    return {line for line in map(str.strip, text.splitlines()) if len(line) >= 50}
+
+
+def part(rows: Rows, bytes_a_domain: float, rest: Sequence[dict[str, str]] = (), last: bool = False) -> Rows:
+    """So many bytes of each domain: the first rows by the hash of their text, or the `last`, then those of `rest`.
 
     A smaller part is the beginning of a larger one. ValueError where a domain has not so many.
     """
@@ -47,7 +56,7 @@ def part(rows: Rows, bytes_a_domain: float, rest: Rows = ()) -> Rows:  # type: i
     for domain in _FILES:
         size = 0
         for rows_of in (rows, rest):
-            for row in sorted((r for r in rows_of if r["domain"] == domain), key=_place):
+            for row in sorted((r for r in rows_of if r["domain"] == domain), key=_place, reverse=last):
                 if size < bytes_a_domain:
                     chosen.append(row)
                     size += len(row["text"].encode())
@@ -58,6 +67,11 @@ def part(rows: Rows, bytes_a_domain: float, rest: Rows = ()) -> Rows:  # type: i
 
 def _place(row: Mapping[str, str]) -> str:
     return hashlib.sha256(row["text"].encode()).hexdigest()
+
+
+def halved(rows: Rows, names: tuple[str, str]) -> Rows:
+    """Rows with the name of a half before their domain, whole texts in one half, by hash: a third in the first."""
+    return [{**row, "domain": f"{names[int(_place(row), 16) % 3 > 0]}-{row['domain']}"} for row in rows]
 
 
 def bytes_of(rows: Iterable[Mapping[str, str]]) -> dict[str, int]:

@@ -12,7 +12,7 @@ DOMAINS = ("math", "code", "prose")
 
 
 def summed(regime: Regime, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A regime's lines, in the order of its rungs: each chosen run, what it merged to, and its single targets.
+    """A regime's lines, in the order of its rungs: the single targets of each chosen run, its merges, and itself.
 
     `bits`: domain, and `mean`, → (mean, spread) over seeds; `gain`: over the pivot; `times`: the gain as a multiple of
     label-only training's.
@@ -22,12 +22,12 @@ def summed(regime: Regime, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any
     about: dict[str, str] = {}
     for row in chosen:
         models = row.get("models") or {}
-        several = {name: told for name, told in models.items() if len(models) > 1}
-        for name, told in [("", row), *several.items()] if not several else several.items():
-            label = f"{row['rung']}/{name}" if name else row["rung"]
-            kind = f", target {name}" if name in row.get("targets", ()) else f", {name}" if name else ""
+        told = {f"{row['rung']}/{name}": (f", {_kind(row, name)}", bits) for name, bits in models.items()}
+        told = told if len(models) > 1 else {}
+        told[row["rung"]] = (", the merge that does best on the other half" if told else "", {})
+        for label, (kind, bits) in told.items():
             about[label] = row["about"] + kind
-            lines.setdefault(label, []).append({**row, **told})
+            lines.setdefault(label, []).append({**row, **bits})
     found = []
     for label, runs in lines.items():
         bits = {d: _over([run["report"][d] for run in runs]) for d in (*DOMAINS, "mean")}
@@ -37,8 +37,13 @@ def summed(regime: Regime, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any
     labels = next((line for line in found if line["label"] == "labels"), None)
     for line in found:
         line["gain"] = start - line["bits"]["mean"][0]
-        line["times"] = line["gain"] / (start - labels["bits"]["mean"][0]) if labels else float("nan")
+        of_labels = start - labels["bits"]["mean"][0] if labels else 0.0
+        line["times"] = line["gain"] / of_labels if of_labels else float("nan")
     return found
+
+
+def _kind(row: dict[str, Any], name: str) -> str:
+    return f"target {name}" if name in row.get("targets", ()) else name
 
 
 def _over(values: Sequence[float]) -> tuple[float, float]:

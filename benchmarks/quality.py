@@ -10,6 +10,7 @@ Figures, with the config of each run, go to --json; the table's picture to --plo
 """
 
 import argparse
+import json
 import logging
 import time
 import warnings
@@ -36,8 +37,8 @@ from fusion.release.evaluate import bits_per_byte
 ZOO = common.SHARED / "zoo"
 PIVOT = ZOO / "pivot-llama"
 DEEPSPEED = Path(__file__).parents[1] / "configs/deepspeed/zero0.json"
-CONVERGED_BYTES = 3_000_000  # of each domain, that the converged pivot reads first
-PIECES = {"choose": 50, "report": 100}  # held-out ones of each domain
+CONVERGED_BYTES = 2_500_000  # of each domain, that the converged pivot reads first
+PIECES = {"choose": 50, "report": 100}  # of each domain, from other held-out texts each
 
 
 class Lab:
@@ -52,6 +53,7 @@ class Lab:
         self.work, self._quick = work, quick
         self._fuse = ladder_corpus.read(ZOO / "fuse.jsonl")
         self._heldout = ladder_corpus.read(ZOO / "heldout.jsonl")
+        self._halves = ladder_corpus.halved(self._heldout, tuple(PIECES))
         self._more: ladder_corpus.Rows | None = None
         self._pieces: dict[str, list[Sample]] = {}
 
@@ -62,7 +64,7 @@ class Lab:
 
     def _written(self, rung: Rung, regime: Regime, seed: int, rate: float, pivot: Path, corpus: Path) -> Config:
         heldout, out = self.work / "heldout.jsonl", self.work / "runs"
-        ladder_corpus.write(heldout, self._heldout)
+        ladder_corpus.write(heldout, self._halves)
         holds = ladder.tree(rung, regime, pivot, ZOO, corpus, heldout, out, seed, rate, DEEPSPEED)
         path = self.work / "configs" / f"{regime.name}-{rung.name}-{seed}-{rate:g}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +84,9 @@ class Lab:
 
     def converged(self) -> Path:
         """The pivot after a training on a general mixture of other text; made once."""
-        mixture = ladder_corpus.write(self.work / "mixture.jsonl", ladder_corpus.part(self._others(), CONVERGED_BYTES))
+        mixture = ladder_corpus.write(
+            self.work / "mixture.jsonl", ladder_corpus.part(self._others(), CONVERGED_BYTES, last=True)
+        )
         once = Regime("mixture", "the converged pivot", 1.0, 1)
         config = self._written(RUNGS["labels"], once, 0, 1e-3, PIVOT, mixture)
         (target,) = self.targets(config, RUNGS["labels"]).values()
@@ -114,30 +118,37 @@ class Lab:
         tasks = [t.out for t in self._tasks(config) if t.out.stage == "capture"]
         return sum(int(read_manifest(out.folder)["facts"]["bytes on disk"]) for out in tasks if out.done())
 
+    def feeds(self, rung: Rung, regime: Regime) -> bool:
+        """Whether there is so much text; said once, before anything is trained."""
+        try:
+            self._corpus(regime.share * rung.times)
+        except ValueError as error:
+            tracking.say(f"{regime.name}: {rung.about} is left out: {error}")
+            return False
+        return True
+
     def bits(self, config: Config, name: str, folder: Path, key: str) -> dict[str, dict[str, float]]:
-        """A model's bits per byte, by half of the held-out pieces and domain; `key` tells its weights."""
-        path = self.work / "measured" / f"{digest([key, self._counts()])}.json"
+        """A model's bits per byte, by half of the held-out texts and domain; `key` tells its weights."""
+        pieces = self._heldout_pieces(config)
+        asked = {half: [sample.id for sample in those] for half, those in pieces.items()}
+        path = self.work / "measured" / f"{digest([key, asked])}.json"
         if not path.exists():
-            pieces = self._heldout_pieces(config)
             model = Model(str(folder), name)
             write_json(path, {half: bits_per_byte(model, folder, those, 8192) for half, those in pieces.items()})
-        found: dict[str, dict[str, float]] = yaml.safe_load(path.read_text())
+        found: dict[str, dict[str, float]] = json.loads(path.read_text())
         return found
 
-    def _counts(self) -> dict[str, int]:
-        return {half: count // 4 if self._quick else count for half, count in PIECES.items()}
-
     def _heldout_pieces(self, config: Config) -> dict[str, list[Sample]]:
-        """The held-out samples of each half, by hash: those of `choose` first."""
+        """The first held-out pieces by id of each half and domain."""
         if not self._pieces:
             prepared = next(t.out.folder for t in self._tasks(config) if t.out.stage == "prepare")
             by_domain: dict[str, list[Sample]] = {}
             for sample in sorted(Corpus(prepared, "heldout"), key=lambda s: s.id):
                 by_domain.setdefault(sample.domain, []).append(sample)
-            first = 0
-            for half, count in self._counts().items():
-                self._pieces[half] = [s for those in by_domain.values() for s in those[first : first + count]]
-                first += count
+            for label, those in by_domain.items():
+                half, domain = label.split("-")
+                count = PIECES[half] // 4 if self._quick else PIECES[half]
+                self._pieces.setdefault(half, []).extend(replace(s, domain=domain) for s in those[:count])
         return self._pieces
 
 
@@ -236,10 +247,11 @@ def _climb_all(given: argparse.Namespace, regimes: Sequence[Regime], rates: Sequ
     cluster.start()
     try:
         lab, rows, begun = Lab(given.work.resolve(), given.quick), list[dict[str, Any]](), time.monotonic()
+        rungs = {r.name: [RUNGS[name] for name in given.rungs if lab.feeds(RUNGS[name], r)] for r in regimes}
         for regime in regimes:
             rows += untrained(lab, regime)
-            for name in given.rungs:
-                rows += climb(lab, regime, RUNGS[name], rates, seeds)
+            for rung in rungs[regime.name]:
+                rows += climb(lab, regime, rung, rates, seeds)
                 common.write(given.json, rows)
             ladder_show.table(regime, rows)
         if given.plot:

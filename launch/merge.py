@@ -158,6 +158,7 @@ def _size(count: float) -> str:
 
 if __name__ == "__main__":
     code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # closed by who called
+            stream.flush()
     os._exit(code)  # all is written and closed; torch would take most of a second to take itself apart

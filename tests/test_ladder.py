@@ -71,8 +71,18 @@ def test_sums_over_seeds(ladder: Any) -> None:
     rows = [run("pivot", 2.4), run("labels", 2.3), run("labels", 2.2), run("labels", 1.0, chosen=False)]
     rows.append(run("pairwise", 2.0, models=models, targets=["a", "b"]))
     lines = {line["label"]: line for line in show.summed(ladder.QUICK, rows)}
-    assert list(lines) == ["pivot", "labels", "pairwise/a", "pairwise/b", "pairwise/average"]
+    assert list(lines) == ["pivot", "labels", "pairwise/a", "pairwise/b", "pairwise/average", "pairwise"]
     assert lines["labels"]["bits"]["mean"] == pytest.approx((2.25, 0.0707), abs=1e-4)
     assert lines["labels"]["gain"] == pytest.approx(0.15) and lines["labels"]["times"] == pytest.approx(1)
     assert lines["pairwise/average"]["times"] == pytest.approx(0.4 / 0.15)
     assert lines["pairwise/a"]["about"] == "pairwise, target a"
+
+
+def test_held_out_texts_are_halved_whole(ladder: Any) -> None:
+    corpus = importlib.import_module("ladder_corpus")
+    rows = [{"domain": d, "text": f"{d} {n}"} for d in ("math", "code", "prose") for n in range(300)]
+    halves = corpus.halved(rows, ("choose", "report"))
+    first = [row["text"] for row in halves if row["domain"] == "choose-math"]
+    assert 70 < len(first) < 130
+    assert {row["domain"] for row in halves if "math" in row["text"]} == {"choose-math", "report-math"}
+    assert corpus.part(rows, 100, last=True)[0] not in corpus.part(rows, 100)

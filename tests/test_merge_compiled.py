@@ -85,3 +85,37 @@ def test_rounding_and_what_does_not_fit(dtype: torch.dtype, tmp_path: Path) -> N
         chosen = {**parameters, "normalize": False}
         merge(plan(MergeRecipe("linear", None, folders, chosen, "bfloat16")), tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_equal_models_come_back_bit_for_bit(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    values = torch.tensor([-0.0, 0.0, 1.0, -(2.0**-130), 3.0])
+    for name in ("one", "two"):
+        make_folder(tmp_path / name, {"w": values.bfloat16()})
+    folders = str(tmp_path / "one"), str(tmp_path / "two")
+    merge(plan(MergeRecipe("linear", None, folders, {}, None)), tmp_path / "out")
+    found = load_file(tmp_path / "out/model.safetensors")["w"]
+    assert torch.equal(found.view(torch.int16), values.bfloat16().view(torch.int16))
+
+
+def test_weights_whose_products_are_beyond_float32_are_reported(tmp_path: Path) -> None:
+    """The report's sums are in float32; where these are too small for them they are taken again in float64."""
+    size = 300_000  # two blocks
+    tensors = {"base": torch.full((size,), -1e38), "one": torch.full((size,), 1e38), "two": torch.full((size,), -1e38)}
+    for name, tensor in tensors.items():
+        make_folder(tmp_path / name, {"w": tensor.bfloat16()})
+    folders = str(tmp_path / "base"), (str(tmp_path / "one"), str(tmp_path / "two"))
+    (report,) = merge(plan(MergeRecipe("task_arithmetic", *folders, {"weights": [0.5, 0.5]})), tmp_path / "out")
+    apart = 2 * float(torch.tensor(1e38).bfloat16())
+    assert report.gram[0][0] == pytest.approx(size * apart**2) and report.gram[1] == (0.0, 0.0)
+    json.dumps(report.to_json(), allow_nan=False)
+
+
+def test_a_closed_output_is_no_failure(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        make_folder(tmp_path / name, {"w": torch.ones(4).bfloat16()})
+    (tmp_path / "r.yaml").write_text(f"method: linear\nmodels: [{tmp_path}/one, {tmp_path}/two]\n")
+    command = f"exec {sys.executable} {ROOT}/launch/merge.py {tmp_path}/r.yaml {tmp_path}/out >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command], timeout=120).returncode == 0
+    assert (tmp_path / "out/model.safetensors").exists()

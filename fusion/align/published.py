@@ -58,6 +58,7 @@ def paired(strings: paper.Strings, heard: Heard, labels: np.ndarray) -> tuple[np
     """What FuseChat counts of a sample: source ids and target ids that its path pairs with each other alone."""
     if not len(heard.ids) or not len(labels):
         return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    in_range(heard.ids, len(strings.source_bare))
     first, stop = paper.pairs(strings, heard.ids, labels, "fusechat")
     uses = np.zeros(len(heard.ids) + 1, dtype=np.int64)  # by how many target positions each source position is taken
     np.add.at(uses, first, 1)

@@ -33,8 +33,9 @@ class Facts:
             gram = np.empty((block.count, block.count))
             moved, conflicts = kernels.account(block.array, gram)
             if not np.isfinite(gram).all():  # the products of weights that large do not fit their type
-                apart = block.deltas.double().numpy()
-                gram = np.nan_to_num(apart @ apart.T)
+                models = block.array[1 : 1 + block.count].astype(np.float64)
+                models -= block.array[0]
+                gram = models @ models.T
             return cls(gram, moved, conflicts, kept, erased)
         deltas = block.deltas
         up, down = (deltas > 0).any(0), (deltas < 0).any(0)

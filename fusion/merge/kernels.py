@@ -42,9 +42,10 @@ def weighted(values: NDArray, weights: NDArray, out: NDArray) -> None:
     """Σ w_k x_k of the rows of `values` (K, B) into `out` (B,), summed in their order; `weights` (K,)."""
     for start in range(0, out.shape[0], STRETCH):
         count = min(STRETCH, out.shape[0] - start)
-        total = out[start : start + count]
-        total[:] = values.dtype.type(0)
-        for k in range(weights.shape[0]):
+        row, weight, total = values[0, start : start + count], weights[0], out[start : start + count]
+        for i in range(count):
+            total[i] = weight * row[i]  # and not 0 + that, which would make 0 of -0
+        for k in range(1, weights.shape[0]):
             row, weight = values[k, start : start + count], weights[k]
             for i in range(count):
                 total[i] += weight * row[i]

@@ -131,7 +131,7 @@ class Streamed(Inputs):
             load = partial(self._numbers, stored, at - start, count)
             one = Block(at, count, load, self.has_base, self.models)
             if not self._looked_at:
-                _ = one.on_cpu  # the numbers are made, which is where they are looked at
+                one.make()  # which is where they are looked at
             found.append(work(one))
         return found
 

@@ -43,6 +43,10 @@ class Block:
     def _numbers(self) -> np.ndarray | torch.Tensor:
         return self.load()
 
+    def make(self) -> None:
+        """Make the numbers now."""
+        _ = self._numbers
+
     @property
     def on_cpu(self) -> bool:
         """Whether `array` is there."""
