@@ -71,7 +71,7 @@ MERGES: dict[str, dict[str, Any]] = {
     "SCE, a tenth": {"method": "sce", "parameters": {"tau": 0.1}},
     "VaRM": {"method": "varm"},
     "TIES": {"method": "ties"},
-    "DARE-TIES": {"method": "dare_ties"},
+    "DARE-TIES": {"method": "dare_ties", "parameters": {"normalize": True}},
     "Model Stock": {"method": "model_stock"},
     "sum of updates": {"method": "task_arithmetic"},
 }
