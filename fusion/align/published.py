@@ -15,7 +15,7 @@ from fusion.align.map import Map
 from fusion.align.project import in_range
 from fusion.records import Heard, Sparse
 
-Procedure = Literal["boundaries", "fusellm", "fusechat"]
+# the vocabulary map of each procedure, as `align.maps` names it
 MAPS: dict[str, tuple[Literal["min_edit", "hard"]]] = {"fusellm": ("min_edit",), "fusechat": ("hard",)}
 
 
@@ -33,9 +33,8 @@ class Published:
         self.map, self._strings, self._method = map, map.strings, method
         self._mapping = np.full(len(map.source), -1, dtype=np.int64)
         best = map.matrix.tocoo()
-        order = np.lexsort(
-            (-best.coords[1], best.data, best.coords[0])
-        )  # the largest share last, of equals the first id
+        # of a row the largest share comes last and stays, of equals the first id
+        order = np.lexsort((-best.coords[1], best.data, best.coords[0]))
         self._mapping[best.coords[0][order]] = best.coords[1][order]
 
     def project(self, heard: Heard, places: np.ndarray, labels: np.ndarray, k: int) -> tuple[np.ndarray, Sparse]:
