@@ -35,6 +35,7 @@ REGIMES = {
         Regime("converged", "15 % of it, 12 passes, from a pivot trained to convergence first", 0.15, 12, True),
     )
 }
+TRIAL = Regime("trial", "5 % of the corpus, 12 passes", 0.05, 12)  # where settings are tried, at a third of the time
 QUICK = Regime("quick", "3 % of the corpus, 3 passes", 0.03, 3)
 QUICK_RATE = 3e-4
 
@@ -96,6 +97,52 @@ RUNGS = {
 }
 
 
+def _trial(name: str, about: str, **settings: dict[str, Any]) -> Rung:
+    """Joint, as `joint` but for some settings."""
+    distill = {"label_weight": 0.3, **settings.pop("distill", {})}
+    return Rung(name, about, "joint", {"distill": distill, **settings})
+
+
+# one change at a time to `joint`, to choose the defaults by; docs/log.md tells what each came to
+TRIALS = {
+    r.name: r
+    for r in (
+        _trial("weight-0", "label weight 0", distill={"label_weight": 0.0}),
+        _trial("weight-0.1", "label weight 0.1", distill={"label_weight": 0.1}),
+        _trial("weight-0.5", "label weight 0.5", distill={"label_weight": 0.5}),
+        _trial(
+            "weight-falls",
+            "label weight 0.7 to 0",
+            distill={"label_weight": 0.7, "label_schedule": "linear", "label_weight_end": 0.0},
+        ),
+        _trial(
+            "weight-rises",
+            "label weight 0 to 0.7",
+            distill={"label_weight": 0.0, "label_schedule": "linear", "label_weight_end": 0.7},
+        ),
+        _trial("confidence", "label weight by the gate's confidence", distill={"label_schedule": "confidence"}),
+        _trial("gate-average", "gate: all by their bits", distill={"gate": "avg_ce"}),
+        _trial(
+            "gate-cool",
+            "gate: all by their bits, temperature 0.25",
+            distill={"gate": "avg_ce", "gate_temperature": 0.25},
+        ),
+        _trial("gate-segment", "gate: the best of each segment", distill={"gate_level": "segment"}),
+        _trial("gate-token", "gate: the best of each token", distill={"gate_level": "token"}),
+        _trial("pivot-absent", "pivot not asked", distill={"pivot": "absent"}),
+        _trial("pivot-teaches", "pivot teaches", distill={"pivot": "teach"}),
+        _trial("drop", "missing mass dropped", distill={"missing_mass": "drop"}),
+        _trial("renormalise", "missing mass renormalised", distill={"missing_mass": "renormalise"}),
+        _trial("teacher-0.8", "teacher's temperature 0.8", distill={"teacher_temperature": 0.8}),
+        _trial("teacher-1.25", "teacher's temperature 1.25", distill={"teacher_temperature": 1.25}),
+        _trial("top-32", "cache: top 32", capture={"sampler": "top_k", "k": 32}),
+        _trial("top-128", "cache: top 128", capture={"sampler": "top_k", "k": 128}),
+        _trial("draws-200", "cache: 200 draws", capture={"draws": 200}),
+        _trial("smoothing", "label smoothing 0.1", distill={"label_smoothing": 0.1}),
+    )
+}
+
+
 def tree(
     rung: Rung,
     regime: Regime,
@@ -123,6 +170,8 @@ def tree(
         "epochs": regime.passes / rung.times,
         "learning_rate": rate,
         "batch_size": BATCH,
+        "per_rank": BATCH,
+        "workers": 0,
         "evaluations": 0,
         "keep": "last",
         "too_long": "skip",

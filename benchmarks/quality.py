@@ -24,7 +24,7 @@ import ladder
 import ladder_corpus
 import ladder_show
 import yaml
-from ladder import QUICK, QUICK_RATE, RATES, REGIMES, RUNGS, Regime, Rung
+from ladder import QUICK, QUICK_RATE, RATES, REGIMES, RUNGS, TRIAL, TRIALS, Regime, Rung
 
 from fusion import cluster, hub, pipeline, tracking
 from fusion import config as configs
@@ -179,6 +179,7 @@ def _run(lab: Lab, regime: Regime, rung: Rung, rate: float, seed: int) -> dict[s
     among = list(rung.merges) or list(targets)
     told = models[min(among, key=lambda name: models[name]["choose"]["mean"])]
     facts = [m["facts"] for m in manifests.values()]
+    tracking.say(f"{regime.name} · {rung.name} · rate {rate:g} · seed {seed}: {told['report']['mean']:.4f} bits per byte")
     return {
         "regime": regime.name,
         "rung": rung.name,
@@ -223,8 +224,8 @@ def main() -> None:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="a tiny corpus, one rate, one seed: whether it works")
-    parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES))
-    parser.add_argument("--rungs", nargs="+", choices=RUNGS, default=list(RUNGS))
+    parser.add_argument("--regimes", nargs="+", choices=[*REGIMES, TRIAL.name], default=list(REGIMES))
+    parser.add_argument("--rungs", nargs="+", choices=[*RUNGS, *TRIALS], default=list(RUNGS))
     parser.add_argument("--rates", nargs="+", type=float, default=list(RATES), help="learning rates to choose from")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--work", type=Path, default=Path("build/quality"), help="folder that keeps everything")
@@ -235,7 +236,7 @@ def main() -> None:
         raise ValueError(f"{ZOO} is not there; the ladder needs the shared models and texts")
     if given.seeds < 1:
         raise ValueError(f"--seeds {given.seeds}: must be at least 1")
-    regimes = [QUICK] if given.quick else [REGIMES[name] for name in given.regimes]
+    regimes = [QUICK] if given.quick else [{**REGIMES, TRIAL.name: TRIAL}[name] for name in given.regimes]
     rates, seeds = ([QUICK_RATE], 1) if given.quick else (given.rates, given.seeds)
     if given.quick:
         given.rungs = [name for name in given.rungs if RUNGS[name].times in (1, 10)]
@@ -247,7 +248,8 @@ def _climb_all(given: argparse.Namespace, regimes: Sequence[Regime], rates: Sequ
     cluster.start()
     try:
         lab, rows, begun = Lab(given.work.resolve(), given.quick), list[dict[str, Any]](), time.monotonic()
-        rungs = {r.name: [RUNGS[name] for name in given.rungs if lab.feeds(RUNGS[name], r)] for r in regimes}
+        asked = [{**RUNGS, **TRIALS}[name] for name in given.rungs]
+        rungs = {r.name: [rung for rung in asked if lab.feeds(rung, r)] for r in regimes}
         for regime in regimes:
             rows += untrained(lab, regime)
             for rung in rungs[regime.name]:

@@ -21,7 +21,7 @@ from rich.progress import (
 from rich.table import Table
 
 from fusion import cluster
-from fusion.config import Config
+from fusion.config import Config, Tracking
 
 T = TypeVar("T")
 console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 120)
@@ -111,24 +111,35 @@ class Tracker:
     """
 
     def __init__(self, config: Config, group: str):
-        self._run: Any = None
-        cluster.on_main(lambda: self._begin(config, group))
+        name = f"{config.name}/{group}"
+        self._start(config.tracking, name, config.name, config.folder)
 
-    def _begin(self, config: Config, group: str) -> None:
-        asked = config.tracking.wandb
+    @classmethod
+    def of(cls, settings: Tracking, name: str, group: str, folder: Path) -> "Tracker":
+        """That of a run without a config; `folder` is where wandb writes."""
+        made = cls.__new__(cls)
+        made._start(settings, name, group, folder)
+        return made
+
+    def _start(self, settings: Tracking, name: str, group: str, folder: Path) -> None:
+        self._run: Any = None
+        cluster.on_main(lambda: self._begin(settings, name, group, folder))
+
+    def _begin(self, settings: Tracking, name: str, group: str, folder: Path) -> None:
+        asked = settings.wandb
         if asked == "disabled":
             return
         import wandb
 
         modes = {"auto": ["online", "offline"] if os.environ.get("WANDB_API_KEY") else ["offline"]}.get(asked, [asked])
-        Path(config.folder).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         for mode in modes:
             try:
                 self._run = wandb.init(
-                    project=config.tracking.project,
-                    name=f"{config.name}/{group}",
-                    group=config.name,
-                    dir=str(config.folder),
+                    project=settings.project,
+                    name=name,
+                    group=group,
+                    dir=str(folder),
                     mode=mode,  # type: ignore[arg-type]
                     reinit="create_new",
                     settings=wandb.Settings(silent=True, console="off"),

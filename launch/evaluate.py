@@ -1,6 +1,7 @@
-"""Measure language models of any tokenizer side by side: bits per byte on any text or chats.
+"""Measure language models of any tokenizer side by side: bits per byte on any text or chats, and tasks.
 
 python launch/evaluate.py runs/demo/fused build/demo/models/pivot --data build/demo/corpus/heldout.jsonl
+python launch/evaluate.py runs/demo/fused meta-llama/Llama-2-7b-hf --tasks gsm8k arc_easy --fewshot 5
 """
 
 import argparse
@@ -14,49 +15,108 @@ from typing import Any
 def main() -> int:
     """Read the command line, measure; 0 when all went well, 2 for what the user can mend."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries, that a log would hold line by line
     arguments = _parse()
     try:
         rows = _measure(arguments)
-        if arguments.json:
-            Path(arguments.json).write_text(json.dumps(rows, indent=1) + "\n")
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    _show(rows)
-    return 0
+    return 0 if rows else 2
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="launch/evaluate.py", description=__doc__.split("\n")[0])
     parser.add_argument("models", nargs="+", metavar="MODEL", help="folders or hub ids")
-    parser.add_argument("--data", required=True, help="a .jsonl or .parquet file, a folder or a hub dataset")
-    parser.add_argument("--domain", help="one name for all rows; else the row's domain or source")
-    parser.add_argument("--split", default="train", help="of a hub dataset (default: train)")
-    parser.add_argument("--limit", type=int, help="the first so many rows")
+    parser.add_argument("--limit", type=int, help="the first so many rows of --data, and questions of each task")
     parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
-    parser.add_argument("--template", default="own", help="for chats: own, plain or a Jinja file")
-    parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens read at once (default: 8192)")
     parser.add_argument("--json", metavar="OUT", help="write the figures")
+    parser.add_argument(
+        "--wandb",
+        nargs="?",
+        const="auto",
+        default="disabled",
+        choices=("auto", "online", "offline"),
+        help="a run of wandb for each model (auto: online with an API key, else offline)",
+    )
+    parser.add_argument("--project", default="fusion", help="of wandb (default: fusion)")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
+    bits = parser.add_argument_group("bits per byte")
+    bits.add_argument("--data", help="a .jsonl or .parquet file, a folder or a hub dataset")
+    bits.add_argument("--domain", help="one name for all rows; else the row's domain or source")
+    bits.add_argument("--split", default="train", help="of a hub dataset (default: train)")
+    bits.add_argument("--template", default="own", help="for chats: own, plain or a Jinja file")
+    bits.add_argument("--batch-tokens", type=int, default=8192, help="tokens read at once (default: 8192)")
+    tasks = parser.add_argument_group("tasks of lm-evaluation-harness (pip install 'fusion[eval]')")
+    tasks.add_argument("--tasks", nargs="+", metavar="TASK", default=[], help="their names, groups, or files (.yaml)")
+    tasks.add_argument("--fewshot", type=int, help="worked examples before a question (default: as the task says)")
+    tasks.add_argument("--batch-size", type=int, default=8, help="questions at once (default: 8)")
+    tasks.add_argument("--chat", action="store_true", help="ask in the model's own chat template")
     return parser.parse_args()
 
 
 def _measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row a model; all that the user can have got wrong is found before the first is measured."""
     import transformers
 
-    from data_prep.samples import read_rows, to_sample
-    from fusion import cluster, hub
-    from fusion.config import Dataset, Model
+    from fusion import cluster, hub, tracking
+    from fusion.config import Model
+    from fusion.release import tasks
     from fusion.release.evaluate import bits_per_byte
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    if arguments.limit is not None and arguments.limit < 1:
-        raise ValueError(f"--limit: {arguments.limit} will not do; give 1 or more")
+    _check(arguments)
     models = [
         Model(m, name=f"model-{n}", dtype=arguments.dtype, template=arguments.template)
         for n, m in enumerate(arguments.models, 1)
     ]
     folders = [hub.locate(model, model.model) for model in models]
+    samples = _samples(arguments) if arguments.data else []
+    known = tasks.manager(arguments.tasks) if arguments.tasks else None
+    rows: list[dict[str, Any]] = []
+    cluster.start()
+    try:
+        for model, folder in zip(models, folders, strict=True):
+            row: dict[str, Any] = {"model": model.model}
+            if samples:
+                bits = bits_per_byte(model, folder, samples, arguments.batch_tokens)
+                row |= {"bits_per_byte": bits, "mean": sum(bits.values()) / len(bits)}
+            if known is not None:
+                asked = (arguments.fewshot, arguments.limit, arguments.batch_size, arguments.chat)
+                found = tasks.scores(known, arguments.tasks, model, folder, *asked)
+                row["tasks"] = {
+                    task: {metric: {"value": value, "stderr": error} for metric, (value, error) in metrics.items()}
+                    for task, metrics in found.items()
+                }
+            rows.append(row)
+            if arguments.json and cluster.is_main():  # what was measured stays, whatever the next model does
+                Path(arguments.json).write_text(json.dumps(rows, indent=1) + "\n")
+            _track(arguments, row)
+        _show(rows)
+    except KeyboardInterrupt:
+        tracking.say(f"interrupted after {len(rows)} of {len(models)} models")
+    finally:
+        cluster.stop()
+    return rows if len(rows) == len(models) else []
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if not arguments.data and not arguments.tasks:
+        raise ValueError("nothing to measure by: give --data or --tasks")
+    for option, least in (("limit", 1), ("fewshot", 0), ("batch_size", 1), ("batch_tokens", 1)):
+        value = getattr(arguments, option)
+        if value is not None and value < least:
+            raise ValueError(f"--{option.replace('_', '-')}: {value} will not do; give {least} or more")
+    if arguments.json and not Path(arguments.json).resolve().parent.is_dir():
+        raise ValueError(f"--json {arguments.json}: there is no folder {Path(arguments.json).resolve().parent}")
+
+
+def _samples(arguments: argparse.Namespace) -> list[Any]:
+    from data_prep.samples import read_rows, to_sample
+    from fusion.config import Dataset
+
     samples = []
     for where, row in read_rows(Dataset(arguments.data, split=arguments.split), "--data"):
         sample = to_sample(row, where, arguments.domain)
@@ -66,15 +126,20 @@ def _measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             break
     if not samples:
         raise ValueError(f"--data: {arguments.data} has no rows to measure on")
-    cluster.start()
-    try:
-        scores = [bits_per_byte(m, f, samples, arguments.batch_tokens) for m, f in zip(models, folders, strict=True)]
-    finally:
-        cluster.stop()
-    return [
-        {"model": m.model, "bits_per_byte": b, "mean": sum(b.values()) / len(b)}
-        for m, b in zip(models, scores, strict=True)
-    ]
+    return samples
+
+
+def _track(arguments: argparse.Namespace, row: dict[str, Any]) -> None:
+    from fusion.config import Tracking
+    from fusion.tracking import Tracker
+
+    tracker = Tracker.of(Tracking(arguments.wandb, arguments.project), row["model"], "evaluate", Path("runs/evaluate"))
+    told = {f"bits per byte/{domain}": bits for domain, bits in row.get("bits_per_byte", {}).items()}
+    told |= {"bits per byte": row["mean"]} if "mean" in row else {}
+    for task, metrics in row.get("tasks", {}).items():
+        told |= {f"{task}/{metric}": score["value"] for metric, score in metrics.items()}
+    tracker.log(told)
+    tracker.close()
 
 
 def _show(rows: list[dict[str, Any]]) -> None:
@@ -82,14 +147,31 @@ def _show(rows: list[dict[str, Any]]) -> None:
 
     from fusion import tracking
 
-    table = Table(title="bits per byte (lower is better)", title_justify="left")
-    table.add_column("model", overflow="fold")
-    domains = list(rows[0]["bits_per_byte"])
-    for name in (*domains, "mean"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(row["model"], *(f"{row['bits_per_byte'][d]:.4f}" for d in domains), f"{row['mean']:.4f}")
-    tracking.show(table)
+    if "mean" in rows[0]:
+        table = Table(title="bits per byte (lower is better)", title_justify="left")
+        table.add_column("model", overflow="fold")
+        domains = list(rows[0]["bits_per_byte"])
+        for name in (*domains, "mean"):
+            table.add_column(name, justify="right")
+        for row in rows:
+            table.add_row(row["model"], *(f"{row['bits_per_byte'][d]:.4f}" for d in domains), f"{row['mean']:.4f}")
+        tracking.show(table)
+    every = [(task, metric) for row in rows for task, found in row.get("tasks", {}).items() for metric in found]
+    if every:
+        table = Table(title="tasks, with standard errors", title_justify="left")
+        table.add_column("task", overflow="fold")
+        table.add_column("metric")
+        for row in rows:
+            table.add_column(row["model"], justify="right", overflow="fold")
+        for task, metric in dict.fromkeys(every):
+            table.add_row(task, metric, *(_score(row["tasks"].get(task, {}).get(metric)) for row in rows))
+        tracking.show(table)
+
+
+def _score(told: dict[str, Any] | None) -> str:
+    if told is None:
+        return "–"
+    return f"{told['value']:.4f}" + (f" ± {told['stderr']:.4f}" if told["stderr"] is not None else "")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ MAY_KNOW = {
         *(f"fusion.merge.{part}" for part in ("recipe", "engine", "outcome", "pools", "report", "writer")),
     ],
     "launch.collect": [*SHARED, "fusion.merge.collect", "data_prep.samples"],
-    "launch.evaluate": [*SHARED, "fusion.release.evaluate", "data_prep.samples"],
+    "launch.evaluate": [*SHARED, "fusion.release.evaluate", "fusion.release.tasks", "data_prep.samples"],
 }
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
