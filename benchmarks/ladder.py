@@ -46,7 +46,7 @@ class Rung:
 
     `settings`: what its config says beside what all say. `trains`: `control` for labels alone, `joint` for one target,
     `pairwise` for one a source. `merges`: name → the config's `merge`, for what is made of several targets. `times`:
-    how much more text than the others', passed over so much less often.
+    how much more text than the others', passed over so much less often. `sources`: who teaches.
     """
 
     name: str
@@ -55,6 +55,7 @@ class Rung:
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     merges: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     times: float = 1.0
+    sources: tuple[str, ...] = tuple(SOURCES)
 
 
 def _as_published(procedure: str) -> dict[str, Any]:
@@ -64,6 +65,18 @@ def _as_published(procedure: str) -> dict[str, Any]:
         "align": {"procedure": procedure},
         "distill": {"gate": "min_ce", "gate_unit": "tokens", "pivot": "teach", "label_weight": 0.9},
     }
+
+
+def _without(left: str) -> tuple[str, ...]:
+    return tuple(name for name in SOURCES if name != left)
+
+
+OURS: dict[str, dict[str, Any]] = {"distill": {"label_weight": 0.3}}  # beside what are defaults
+
+
+def _ours(**changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """`OURS` with some changes."""
+    return {section: {**OURS.get(section, {}), **changes.get(section, {})} for section in {**OURS, **changes}}
 
 
 MERGES: dict[str, dict[str, Any]] = {
@@ -88,19 +101,22 @@ RUNGS = {
             _as_published("fusechat"),
             {"SCE as published": {"method": "sce", "parameters": {"tau": 0.1, "definition": "fuseai"}}},
         ),
-        Rung("joint", "ours, joint", "joint", {"distill": {"label_weight": 0.3}}),
-        Rung("pairwise", "ours, pairwise", "pairwise", {"distill": {"label_weight": 0.3}}, MERGES),
+        Rung("joint", "ours, joint", "joint", _ours()),
+        Rung("pairwise", "ours, pairwise", "pairwise", _ours(), MERGES),
         Rung("labels-2", "label-only, 2 times the text", "control", times=2.0),
         Rung("labels-4", "label-only, 4 times the text", "control", times=4.0),
         Rung("labels-10", "label-only, 10 times the text", "control", times=10.0),
+        *(
+            Rung(f"joint-no-{left}", f"ours, joint, without {left}", "joint", _ours(), sources=_without(left))
+            for left in SOURCES
+        ),
     )
 }
 
 
-def _trial(name: str, about: str, **settings: dict[str, Any]) -> Rung:
-    """Joint, as `joint` but for some settings."""
-    distill = {"label_weight": 0.3, **settings.pop("distill", {})}
-    return Rung(name, about, "joint", {"distill": distill, **settings})
+def _trial(name: str, about: str, **changes: dict[str, Any]) -> Rung:
+    """`joint` with some changes."""
+    return Rung(name, about, "joint", _ours(**changes))
 
 
 # one change at a time to `joint`, to choose the defaults by; docs/log.md tells what each came to
@@ -182,7 +198,7 @@ def tree(
         "out": str(out),
         "seed": seed,
         "pivot": {"model": str(pivot)},
-        "sources": [{"name": name, "model": str(zoo / folder)} for name, folder in SOURCES.items()],
+        "sources": [{"name": name, "model": str(zoo / SOURCES[name])} for name in rung.sources],
         "prepare": {
             "data": [{"data": str(corpus)}, {"data": str(heldout), "heldout": True}],
             "max_bytes": PIECE,

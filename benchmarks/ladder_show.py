@@ -1,6 +1,7 @@
 """The quality ladder as a table and as a picture."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -32,6 +33,8 @@ def summed(regime: Regime, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any
     for label, runs in lines.items():
         bits = {d: _over([run["report"][d] for run in runs]) for d in (*DOMAINS, "mean")}
         cost = {name: mean([run.get(name, 0) for run in runs]) for name in ("positions", "seconds", "cache_bytes")}
+        if "solved" in runs[0]:
+            cost["solved"] = mean([run["solved"] for run in runs])
         found.append({"label": label, "about": about[label], "rate": runs[0].get("rate"), "bits": bits, **cost})
     start = next(line for line in found if line["label"] == "pivot")["bits"]["mean"][0]
     labels = next((line for line in found if line["label"] == "labels"), None)
@@ -40,6 +43,24 @@ def summed(regime: Regime, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any
         of_labels = start - labels["bits"]["mean"][0] if labels else 0.0
         line["times"] = line["gain"] / of_labels if of_labels else float("nan")
     return found
+
+
+def texts_needed(lines: Sequence[dict[str, Any]], bits: float) -> tuple[float, bool]:
+    """How many times the text label-only training needs to come down to so many bits per byte, at the same steps.
+
+    Read off a line through its rungs, over the logarithm of their multiples.
+
+    Returns:
+        The multiple, and whether it is one: False where the largest rung is not enough, and it is that rung's.
+    """
+    rungs = [line for line in lines if line["label"].startswith("labels")]
+    known = sorted((float(line["label"].partition("-")[2] or 1), line["bits"]["mean"][0]) for line in rungs)
+    if not known or bits >= known[0][1]:
+        return 1.0, bool(known)
+    for (before, high), (after, low) in pairwise(known):
+        if low <= bits < high:
+            return before * (after / before) ** ((high - bits) / (high - low)), True
+    return known[-1][0], False
 
 
 def _kind(row: dict[str, Any], name: str) -> str:
@@ -55,14 +76,27 @@ def table(regime: Regime, rows: Sequence[dict[str, Any]]) -> None:
     """Print a regime's ladder."""
     columns = ["bits per byte, lower is better", *DOMAINS, "mean", "spread", "gain", "times labels'", "rate"]
     columns += ["tokens", "s", "cache MB"]
-    shown = []
-    for line in summed(regime, rows):
+    shown, lines = [], summed(regime, rows)
+    asked = any("solved" in line for line in lines)
+    columns += ["GSM8K"] if asked else []
+    for line in lines:
         bits = [f"{line['bits'][d][0]:.4f}" for d in (*DOMAINS, "mean")]
         rate = f"{line['rate']:g}" if line["rate"] else "–"
         cost = [f"{line['positions']:,.0f}", f"{line['seconds']:,.0f}", f"{line['cache_bytes'] / 1e6:,.1f}"]
         told = [f"{line['bits']['mean'][1]:.4f}", f"{line['gain']:+.4f}", f"{line['times']:.2f}", rate]
+        cost += [f"{line['solved']:.1%}"] if asked else []
         shown.append([line["about"], *bits, *told, *cost])
     common.show(f"{regime.name}: {regime.about}", columns, shown)
+    if sum(line["label"].startswith("labels") for line in lines) > 1:
+        best = min((line for line in lines if line["label"].startswith(("joint", "pairwise"))), key=_bits, default=None)
+        if best is not None:
+            times, found = texts_needed(lines, _bits(best))
+            told = f"{times:.1f} times the text" if found else f"more than {times:g} times the text"
+            print(f"label-only training needs {told} to reach the best of ours ({best['about']}, {_bits(best):.4f})")
+
+
+def _bits(line: dict[str, Any]) -> float:
+    return float(line["bits"]["mean"][0])
 
 
 def _colour(label: str) -> str:

@@ -32,12 +32,14 @@ from fusion.artifact import Artifact, digest, read_manifest, write_json
 from fusion.config import Config, Model
 from fusion.corpus import Corpus
 from fusion.records import Sample
+from fusion.release import tasks
 from fusion.release.evaluate import bits_per_byte
 
 ZOO = common.SHARED / "zoo"
 PIVOT = ZOO / "pivot-llama"
 DEEPSPEED = Path(__file__).parents[1] / "configs/deepspeed/zero0.json"
 CONVERGED_BYTES = 2_500_000  # of each domain, that the converged pivot reads first
+QUESTIONS = Path(__file__).parents[1] / "configs/tasks/gsm8k_shared.yaml"
 PIECES = {"choose": 50, "report": 100}  # of each domain, from other held-out texts each
 
 
@@ -47,10 +49,11 @@ class Lab:
     Args:
         work: where everything is kept.
         quick: fewer held-out pieces.
+        questions: of GSM8K that every model is asked.
     """
 
-    def __init__(self, work: Path, quick: bool):
-        self.work, self._quick = work, quick
+    def __init__(self, work: Path, quick: bool, questions: int = 0):
+        self.work, self._quick, self.questions = work, quick, questions
         self._fuse = ladder_corpus.read(ZOO / "fuse.jsonl")
         self._heldout = ladder_corpus.read(ZOO / "heldout.jsonl")
         self._halves = ladder_corpus.halved(self._heldout, tuple(PIECES))
@@ -138,6 +141,15 @@ class Lab:
         found: dict[str, dict[str, float]] = json.loads(path.read_text())
         return found
 
+    def solved(self, folder: Path, key: str) -> float:
+        """The share of GSM8K's first test questions that a model answers with the right number."""
+        path = self.work / "solved" / f"{digest([key, self.questions])}.json"
+        if not path.exists():
+            model, task = Model(str(folder), "model"), str(QUESTIONS)
+            found = tasks.scores(tasks.manager([task]), [task], model, folder, limit=self.questions, batch_size=32)
+            write_json(path, {"strict": found["gsm8k_shared"]["exact_match,strict"][0]})
+        return float(json.loads(path.read_text())["strict"])
+
     def _heldout_pieces(self, config: Config) -> dict[str, list[Sample]]:
         """The first held-out pieces by id of each half and domain."""
         if not self._pieces:
@@ -179,7 +191,9 @@ def _run(lab: Lab, regime: Regime, rung: Rung, rate: float, seed: int) -> dict[s
     among = list(rung.merges) or list(targets)
     told = models[min(among, key=lambda name: models[name]["choose"]["mean"])]
     facts = [m["facts"] for m in manifests.values()]
-    tracking.say(f"{regime.name} · {rung.name} · rate {rate:g} · seed {seed}: {told['report']['mean']:.4f} bits per byte")
+    tracking.say(
+        f"{regime.name} · {rung.name} · rate {rate:g} · seed {seed}: {told['report']['mean']:.4f} bits per byte"
+    )
     return {
         "regime": regime.name,
         "rung": rung.name,
@@ -199,9 +213,10 @@ def _run(lab: Lab, regime: Regime, rung: Rung, rate: float, seed: int) -> dict[s
     }
 
 
-def _measured(lab: Lab, config: Config, name: str, folder: Path, key: str) -> dict[str, dict[str, float]]:
+def _measured(lab: Lab, config: Config, name: str, folder: Path, key: str) -> dict[str, Any]:
     found = lab.bits(config, name, folder, key)
-    return {half: {**bits, "mean": sum(bits.values()) / len(bits)} for half, bits in found.items()}
+    told: dict[str, Any] = {half: {**bits, "mean": sum(bits.values()) / len(bits)} for half, bits in found.items()}
+    return told | ({"solved": lab.solved(folder, key)} if lab.questions else {})
 
 
 def untrained(lab: Lab, regime: Regime) -> list[dict[str, Any]]:
@@ -228,12 +243,17 @@ def main() -> None:
     parser.add_argument("--rungs", nargs="+", choices=[*RUNGS, *TRIALS], default=list(RUNGS))
     parser.add_argument("--rates", nargs="+", type=float, default=list(RATES), help="learning rates to choose from")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--questions", type=int, default=0, help="of GSM8K that every model is asked")
     parser.add_argument("--work", type=Path, default=Path("build/quality"), help="folder that keeps everything")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures to a file")
     parser.add_argument("--plot", type=Path, metavar="OUT", help="draw the ladder into a picture")
     given = common.parsed(parser)
     if not ZOO.is_dir():
         raise ValueError(f"{ZOO} is not there; the ladder needs the shared models and texts")
+    if given.questions < 0:
+        raise ValueError(f"--questions {given.questions}: must be at least 0")
+    if given.questions:
+        tasks.manager([str(QUESTIONS)])  # refused now, and not after hours, where lm-evaluation-harness is missing
     if given.seeds < 1:
         raise ValueError(f"--seeds {given.seeds}: must be at least 1")
     regimes = [QUICK] if given.quick else [{**REGIMES, TRIAL.name: TRIAL}[name] for name in given.regimes]
@@ -247,7 +267,11 @@ def _climb_all(given: argparse.Namespace, regimes: Sequence[Regime], rates: Sequ
     _quieten()
     cluster.start()
     try:
-        lab, rows, begun = Lab(given.work.resolve(), given.quick), list[dict[str, Any]](), time.monotonic()
+        lab, rows, begun = (
+            Lab(given.work.resolve(), given.quick, given.questions),
+            list[dict[str, Any]](),
+            time.monotonic(),
+        )
         asked = [{**RUNGS, **TRIALS}[name] for name in given.rungs]
         rungs = {r.name: [rung for rung in asked if lab.feeds(rung, r)] for r in regimes}
         for regime in regimes:

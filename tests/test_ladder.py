@@ -78,6 +78,29 @@ def test_sums_over_seeds(ladder: Any) -> None:
     assert lines["pairwise/a"]["about"] == "pairwise, target a"
 
 
+def test_text_that_label_only_training_needs(ladder: Any) -> None:
+    show = importlib.import_module("ladder_show")
+    labels = {"labels": 2.4, "labels-2": 2.3, "labels-10": 2.2}
+    lines = [{"label": name, "bits": {"mean": (bits, 0.0)}} for name, bits in labels.items()]
+    assert show.texts_needed(lines, 2.45) == (1.0, True)
+    assert show.texts_needed(lines, 2.35) == pytest.approx((2**0.5, True))
+    assert show.texts_needed(lines, 2.25) == pytest.approx((20**0.5, True))
+    assert show.texts_needed(lines, 2.2) == pytest.approx((10.0, True))
+    assert show.texts_needed(lines, 2.1) == (10.0, False)
+
+
+def test_trials_and_rungs_without_a_source(ladder: Any, tmp_path: Path) -> None:
+    places = [tmp_path / name for name in ("pivot", "zoo", "corpus.jsonl", "heldout.jsonl", "out")]
+    loaded = {}
+    for rung in (ladder.RUNGS["joint"], ladder.RUNGS["joint-no-math"], *ladder.TRIALS.values()):
+        holds = ladder.tree(rung, ladder.TRIAL, *places, 0, 1e-3, ROOT / "configs/deepspeed/zero0.json")
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump({**holds, "name": "same"}))
+        loaded[rung.name] = configs.load(tmp_path / "c.yaml")
+    assert [s.name for s in loaded["joint-no-math"].sources] == ["code", "prose"]
+    assert len({repr(config) for config in loaded.values()}) == len(loaded)  # every trial changes something
+    assert not set(ladder.TRIALS) & set(ladder.RUNGS)
+
+
 def test_held_out_texts_are_halved_whole(ladder: Any) -> None:
     corpus = importlib.import_module("ladder_corpus")
     rows = [{"domain": d, "text": f"{d} {n}"} for d in ("math", "code", "prose") for n in range(300)]

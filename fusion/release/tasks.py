@@ -74,12 +74,11 @@ def scores(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
-    device = None if cluster.world() > 1 else str(cluster.device())  # of several ranks accelerate knows whose is which
     tracking.say(f"tasks of {model.name}")
     read = HFLM(
         pretrained=str(folder),
         tokenizer=str(folder),
-        device=device,
+        device=str(cluster.device()),  # of several ranks accelerate decides
         dtype=cluster.precision(model.dtype),
         batch_size=batch_size,
     )
