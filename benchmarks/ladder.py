@@ -89,10 +89,20 @@ MERGES: dict[str, dict[str, Any]] = {
     "Model Stock": {"method": "model_stock"},
     "sum of updates": {"method": "task_arithmetic"},
 }
+
+
+def _share(scale: float) -> dict[str, Any]:
+    """So much of the mean update: a point on the line from the pivot through the average of the targets."""
+    return {"method": "task_arithmetic", "parameters": {"normalize": True, "scale": scale}}
+
+
+DRAWN_BACK = {f"{scale:.0%} of the update": _share(scale) for scale in (0.5, 0.7)}
+MERGES |= {f"{scale:.0%} of the average": _share(scale) for scale in (0.7, 1.5, 2.0)}
 RUNGS = {
     r.name: r
     for r in (
         Rung("labels", "label-only training", "control"),
+        Rung("labels-back", "label-only training, drawn back", "control", merges=DRAWN_BACK),
         Rung("fusellm", "FuseLLM as published", "joint", _as_published("fusellm")),
         Rung(
             "fusechat",
@@ -101,13 +111,15 @@ RUNGS = {
             _as_published("fusechat"),
             {"SCE as published": {"method": "sce", "parameters": {"tau": 0.1, "definition": "fuseai"}}},
         ),
-        Rung("joint", "ours, joint", "joint", _ours()),
+        Rung("joint", "ours, joint", "joint", _ours(), DRAWN_BACK),
         Rung("pairwise", "ours, pairwise", "pairwise", _ours(), MERGES),
         Rung("labels-2", "label-only, 2 times the text", "control", times=2.0),
         Rung("labels-4", "label-only, 4 times the text", "control", times=4.0),
         Rung("labels-10", "label-only, 10 times the text", "control", times=10.0),
         *(
-            Rung(f"joint-no-{left}", f"ours, joint, without {left}", "joint", _ours(), sources=_without(left))
+            Rung(
+                f"joint-no-{left}", f"ours, joint, without {left}", "joint", _ours(), DRAWN_BACK, sources=_without(left)
+            )
             for left in SOURCES
         ),
     )
@@ -116,7 +128,7 @@ RUNGS = {
 
 def _trial(name: str, about: str, **changes: dict[str, Any]) -> Rung:
     """`joint` with some changes."""
-    return Rung(name, about, "joint", _ours(**changes))
+    return Rung(name, about, "joint", _ours(**changes), DRAWN_BACK)
 
 
 # one change at a time to `joint`, to choose the defaults by; docs/log.md tells what each came to

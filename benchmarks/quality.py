@@ -12,6 +12,8 @@ Figures, with the config of each run, go to --json; the table's picture to --plo
 import argparse
 import json
 import logging
+import re
+import shutil
 import time
 import warnings
 from collections.abc import Sequence
@@ -31,9 +33,11 @@ from fusion import config as configs
 from fusion.artifact import Artifact, digest, read_manifest, write_json
 from fusion.config import Config, Model
 from fusion.corpus import Corpus
+from fusion.measure import bits_per_byte
+from fusion.merge.engine import merge, plan
+from fusion.merge.recipe import MergeRecipe
 from fusion.records import Sample
 from fusion.release import tasks
-from fusion.release.evaluate import bits_per_byte
 
 ZOO = common.SHARED / "zoo"
 PIVOT = ZOO / "pivot-llama"
@@ -107,11 +111,22 @@ class Lab:
             pipeline.run(config, only=["distill"], targets=sorted(wanted))
         return wanted
 
-    def merged(self, config: Config, settings: dict[str, Any]) -> Artifact:
-        """What the targets of a config come to."""
-        config = replace(config, merge=configs.Merge(**settings))
-        pipeline.run(config, only=["merge"])
-        return next(t.out for t in self._tasks(config) if t.out.stage == "merge")
+    def merged(self, config: Config, targets: dict[str, Artifact], settings: dict[str, Any]) -> tuple[Path, str]:
+        """What targets come to by the settings of a config's `merge`: its folder, and a key of its weights."""
+        asked = configs.Merge(**settings)
+        recipe = MergeRecipe(
+            asked.method,
+            config.pivot.model,
+            tuple(str(target.folder / "model") for target in targets.values()),
+            asked.parameters,
+            "float32",
+            seed=config.seed,
+        )
+        key = digest([asked.method, asked.parameters, [t.key for t in targets.values()], config.seed])
+        folder = self.work / "merged" / key
+        if not folder.exists() and not self._known(config, key):
+            merge(plan(recipe), folder)
+        return folder, key
 
     def _tasks(self, config: Config) -> list[pipeline.Task]:
         return pipeline.plan(config, pipeline.find(config))
@@ -132,18 +147,26 @@ class Lab:
 
     def bits(self, config: Config, name: str, folder: Path, key: str) -> dict[str, dict[str, float]]:
         """A model's bits per byte, by half of the held-out texts and domain; `key` tells its weights."""
-        pieces = self._heldout_pieces(config)
-        asked = {half: [sample.id for sample in those] for half, those in pieces.items()}
-        path = self.work / "measured" / f"{digest([key, asked])}.json"
+        path = self._bits(config, key)
         if not path.exists():
-            model = Model(str(folder), name)
+            model, pieces = Model(str(folder), _plain(name)), self._heldout_pieces(config)
             write_json(path, {half: bits_per_byte(model, folder, those, 8192) for half, those in pieces.items()})
         found: dict[str, dict[str, float]] = json.loads(path.read_text())
         return found
 
+    def _bits(self, config: Config, key: str) -> Path:
+        asked = {half: [sample.id for sample in those] for half, those in self._heldout_pieces(config).items()}
+        return self.work / "measured" / f"{digest([key, asked])}.json"
+
+    def _known(self, config: Config, key: str) -> bool:
+        return self._bits(config, key).exists() and (self._solved(key).exists() or not self.questions)
+
+    def _solved(self, key: str) -> Path:
+        return self.work / "solved" / f"{digest([key, self.questions])}.json"
+
     def solved(self, folder: Path, key: str) -> float:
         """The share of GSM8K's first test questions that a model answers with the right number."""
-        path = self.work / "solved" / f"{digest([key, self.questions])}.json"
+        path = self._solved(key)
         if not path.exists():
             model, task = Model(str(folder), "model"), str(QUESTIONS)
             found = tasks.scores(tasks.manager([task]), [task], model, folder, limit=self.questions, batch_size=32)
@@ -184,11 +207,10 @@ def _run(lab: Lab, regime: Regime, rung: Rung, rate: float, seed: int) -> dict[s
     manifests = {name: read_manifest(target.folder) for name, target in targets.items()}
     models = {name: _measured(lab, config, name, a.folder / "model", a.key) for name, a in targets.items()}
     for name, settings in rung.merges.items():
-        merged = lab.merged(config, dict(settings))
-        models[name] = _measured(
-            lab, config, name.replace(" ", "-").replace(",", ""), merged.folder / "model", merged.key
-        )
-    among = list(rung.merges) or list(targets)
+        folder, key = lab.merged(config, targets, dict(settings))
+        models[name] = _measured(lab, config, name, folder, key)
+        shutil.rmtree(folder, ignore_errors=True)  # its figures are kept
+    among = list(rung.merges) + (list(targets) if len(targets) == 1 else [])
     told = models[min(among, key=lambda name: models[name]["choose"]["mean"])]
     facts = [m["facts"] for m in manifests.values()]
     tracking.say(
@@ -211,6 +233,11 @@ def _run(lab: Lab, regime: Regime, rung: Rung, rate: float, seed: int) -> dict[s
             (lab.work / "configs" / f"{regime.name}-{rung.name}-{seed}-{rate:g}.yaml").read_text()
         ),
     }
+
+
+def _plain(name: str) -> str:
+    """As a model may be named."""
+    return re.sub(r"[^\w.-]+", "-", name)
 
 
 def _measured(lab: Lab, config: Config, name: str, folder: Path, key: str) -> dict[str, Any]:

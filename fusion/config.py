@@ -211,6 +211,9 @@ class Merge:
     method: Name = "sce"
     parameters: dict[str, float | int | bool | str | list[float]] = field(default_factory=dict)
     dtype: Literal["bfloat16", "float16", "float32"] | None = None  # None: the targets' own
+    # how far from the pivot to go along the merged update, 1: all of it; auto: so far as the validation samples say,
+    # all of it where there are none
+    scale: Annotated[float, Field(gt=0, le=4)] | Literal["auto"] = "auto"
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -20,7 +20,7 @@ STAGES = {
     "capture": ("fusion.capture.stage", 3),
     "align": ("fusion.align.stage", 2),
     "distill": ("fusion.distill.stage", 3),
-    "merge": ("fusion.merge.stage", 2),
+    "merge": ("fusion.merge.stage", 3),
     "release": ("fusion.release.stage", 1),
 }
 # settings that change how long a stage takes or whether it starts, never what it writes
@@ -301,7 +301,8 @@ def plan(config: Config, found: Found) -> list[Task]:
         }
         targets[name] = task("distill", name, how, reads)
     fused = {f"target/{n}": t for n, t in targets.items() if n != "control"}
-    merged = task("merge", "", _settings(config.merge), {"pivot": model(config.pivot), **fused})
+    reads = {"pivot": model(config.pivot), **fused, **({"prepare": prepare} if config.merge.scale == "auto" else {})}
+    merged = task("merge", "", _settings(config.merge), reads)
     here = [*(s for s in config.sources if s.cache is None), config.pivot]  # a cached source may lack its weights
     measured = {f"model/{m.name}": model(m) for m in here}
     between = {a.label: a for a in [*(c for c in caches.values() if isinstance(c, Artifact)), *maps.values()]}

@@ -62,8 +62,8 @@ def _measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
     from fusion import cluster, hub, tracking
     from fusion.config import Model
+    from fusion.measure import bits_per_byte
     from fusion.release import tasks
-    from fusion.release.evaluate import bits_per_byte
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

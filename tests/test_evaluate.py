@@ -10,8 +10,8 @@ from tiny import samples
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from fusion.config import Model
+from fusion.measure import bits_per_byte
 from fusion.records import Message, Sample, sample_id
-from fusion.release.evaluate import bits_per_byte
 
 TEXTS = ["one two three", "a", "naïve 日本語 🙂", "  spaces and\n\nlines\n", "the dog sat by the door " * 5]
 

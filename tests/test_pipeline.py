@@ -82,7 +82,7 @@ def test_tasks_come_after_what_they_read(tmp_path: Path, tree: dict[str, Any]) -
     assert reads["align/a"] == ["cache", "model", "pivot", "prepare"]
     assert reads["distill/a"] == ["cache/a", "cache/pivot", "map/a", "pivot", "prepare"]
     assert reads["distill/control"] == ["pivot", "prepare"]
-    assert reads["merge"] == ["pivot", "target/a", "target/b"]
+    assert reads["merge"] == ["pivot", "prepare", "target/a", "target/b"]
     assert {"model/a", "model/b", "model/pivot", "target/control", "merge", "prepare"} <= set(reads["release"])
 
 
@@ -105,7 +105,7 @@ def test_joint_has_one_target(tmp_path: Path, tree: dict[str, Any]) -> None:
     tasks = planned(config)
     assert [t.out.label for t in tasks] == [*TASKS[:6], "distill/joint", "merge", "release"]
     assert sorted(tasks[6].inputs) == ["cache/a", "cache/b", "cache/pivot", "map/a", "map/b", "pivot", "prepare"]
-    assert sorted(tasks[7].inputs) == ["pivot", "target/joint"]
+    assert sorted(tasks[7].inputs) == ["pivot", "prepare", "target/joint"]
 
 
 @pytest.mark.parametrize(

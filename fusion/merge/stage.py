@@ -2,23 +2,30 @@
 
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fusion import cluster, tracking
 from fusion.artifact import Artifact
 from fusion.config import Config
+from fusion.corpus import Corpus
+from fusion.measure import bits_per_byte, made_of
 from fusion.merge.engine import merge, plan
 from fusion.merge.methods import get_method
 from fusion.merge.pools import TensorReport
 from fusion.merge.recipe import MergeRecipe
+from fusion.merge.records import Lines
+from fusion.records import Sample
 
 _MB = 1_000_000
+_LEAST, _MOST = 0.1, 2.0  # of the scales that are tried
 
 
 def recipe(config: Config, inputs: Mapping[str, Path]) -> MergeRecipe:
-    """What the config asks for; `inputs` holds `pivot` and `target/NAME` for each target."""
+    """What the config asks for, all of the update; `inputs` holds `pivot` and `target/NAME` for each target."""
     models = tuple(str(path / "model") for name, path in inputs.items() if name.startswith("target/"))
     asked = config.merge
     return MergeRecipe(asked.method, str(inputs["pivot"]), models, asked.parameters, asked.dtype, seed=config.seed)
@@ -37,18 +44,94 @@ def check(config: Config) -> None:
 def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, Any]:
     """Write the fused checkpoint as a Hugging Face folder `model/`; every rank takes part.
 
+    With `scale: auto`, `inputs` holds `prepare` too, whose validation samples choose the scale.
+
     Raises:
         ValueError: an unknown method or parameter, or targets whose tensors are not the base's.
     """
+    cluster.on_main(partial(_clear, out))
+    wanted = config.merge.scale
+    samples = list(Corpus(inputs["prepare"], "validation")) if wanted == "auto" else []
+    if not samples:
+        scale, tried = 1.0 if wanted == "auto" else wanted, dict[float, float]()
+        reports = _merged(config, inputs, scale, out.folder / "model")
+    else:
+        tries = _Tries(config, inputs, out, samples)
+        scale, tried = search(tries.measure)
+        reports = tries.keep(scale)
+    facts = _facts(config, inputs, reports)
+    return {**facts, "scale": scale, **({"bits by scale": tried} if tried else {})}
 
-    def clear() -> None:
-        shutil.rmtree(out.folder / "model", ignore_errors=True)  # of a run that was cut off before its manifest
 
-    cluster.on_main(clear)
-    planned = plan(recipe(config, inputs))
+def search(measure: Callable[[float], float]) -> tuple[float, dict[float, float]]:
+    """The scale of the merged update that measures best: of a half, the whole, and where a parabola says the least is.
+
+    The loss along the line from one model to another that was trained from it is nearly a parabola (as where Wortsman
+    et al. 2109.01903 interpolate them), which three points give: the pivot's, half way and the whole.
+
+    Args:
+        measure: scale → bits per byte; 0 is the pivot.
+
+    Returns:
+        The best scale above 0, and scale → bits per byte of all that were measured.
+    """
+    tried = {scale: measure(scale) for scale in (0.0, 0.5, 1.0)}
+    start, half, whole = tried.values()
+    bend = 2 * (start + whole - 2 * half)  # the loss is start + slope · s + bend · s²
+    slope = whole - start - bend
+    lowest = min(max(-slope / (2 * bend), _LEAST), _MOST) if bend > 0 else (_MOST if whole < start else _LEAST)
+    lowest = round(lowest, 2)
+    if lowest not in tried:
+        tried[lowest] = measure(lowest)
+    return min((s for s in tried if s), key=tried.__getitem__), tried
+
+
+class _Tries:
+    """Merges with several scales, measured on samples; of their folders the best is kept.
+
+    Args:
+        samples: what is measured on; their domains weigh alike.
+    """
+
+    def __init__(self, config: Config, inputs: Mapping[str, Path], out: Artifact, samples: list[Sample]) -> None:
+        self._config, self._inputs, self._out, self._samples = config, inputs, out, samples
+        self._reports: dict[float, list[TensorReport]] = {}
+
+    def measure(self, scale: float) -> float:
+        """Bits per byte, the mean over domains, of the merge with a scale."""
+        folder = self._inputs["pivot"]
+        if scale:
+            folder = self._folder(scale)
+            self._reports[scale] = _merged(self._config, self._inputs, scale, folder)
+        model = made_of(self._config.pivot, folder, f"scale-{scale:g}")
+        bits = bits_per_byte(model, folder, self._samples, self._config.release.batch_tokens)
+        return sum(bits.values()) / len(bits)
+
+    def keep(self, scale: float) -> list[TensorReport]:
+        """Make one of them the result; the report of its tensors."""
+
+        def place() -> None:
+            self._folder(scale).rename(self._out.folder / "model")
+            shutil.rmtree(self._out.folder / "tries")
+
+        cluster.on_main(place)
+        return self._reports[scale]
+
+    def _folder(self, scale: float) -> Path:
+        return self._out.folder / "tries" / f"{scale:g}"
+
+
+def _clear(out: Artifact) -> None:
+    """Take away what a run left that was cut off before its manifest."""
+    for name in ("model", "tries"):
+        shutil.rmtree(out.folder / name, ignore_errors=True)
+
+
+def _merged(config: Config, inputs: Mapping[str, Path], scale: float, folder: Path) -> list[TensorReport]:
+    asked = recipe(config, inputs)
+    planned = plan(asked if scale == 1 else replace(asked, lines=Lines(scale, 0.0)))
     with tracking.bar("merge, MB", planned.bytes_to_read // _MB) as bar:
-        reports = merge(planned, out.folder / "model", on_bytes=_Megabytes(bar))
-    return _facts(config, inputs, reports)
+        return merge(planned, folder, on_bytes=_Megabytes(bar))
 
 
 class _Megabytes:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from fusion.config import Align, Config, Model
+from fusion.config import SAMPLERS, Align, Config, Model
 from fusion.release.summary import Summary, change, verdict
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?\Z", re.ASCII)
@@ -112,9 +112,11 @@ _PIVOT = {"teach": "teaches where it is best", "gate": "silences where it is bes
 
 
 def _settings(summary: Summary, config: Config) -> str:
-    distill, merge = config.distill, summary.merge
+    capture, distill, merge = config.capture, config.distill, summary.merge
+    sampled = SAMPLERS[capture.sampler]
+    scaled = [f"{merge.scale:g} of the update"] if merge.scale != 1 else []
     told = {
-        "kept of each source": f"{config.capture.sampler}, k {config.capture.k}",
+        "kept of each source": ", ".join([capture.sampler, *(f"{k} {getattr(capture, k)}" for k in sampled)]),
         "vocabulary map": _map(config.align),
         "topology": distill.topology,
         "gate": f"{distill.gate}; the pivot {_PIVOT[distill.pivot]}",
@@ -123,7 +125,7 @@ def _settings(summary: Summary, config: Config) -> str:
         "epochs": distill.epochs,
         "learning rate": distill.learning_rate,
         "batch size": f"{distill.batch_size} samples",
-        "merge": ", ".join([merge.method, *(f"{k} {v}" for k, v in merge.parameters.items())]),
+        "merge": ", ".join([merge.method, *(f"{k} {v}" for k, v in merge.parameters.items()), *scaled]),
         "seed": summary.seed,
     }
     rows = [f"| {k} | {_plain(v)} |" for k, v in told.items()]

@@ -5,7 +5,6 @@ import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ from fusion import cluster, hub, tracking
 from fusion.artifact import Artifact, read_manifest
 from fusion.config import Config, Model
 from fusion.corpus import Corpus
+from fusion.measure import bits_per_byte, made_of
 from fusion.release.card import model_card
-from fusion.release.evaluate import bits_per_byte
 from fusion.release.publish import check_repo, publish
 from fusion.release.report import console_table, verdict, write_report
 from fusion.release.summary import MergeFacts, Scored, StageFacts, Summary
@@ -51,6 +50,7 @@ def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, 
             names=tuple(merged["names"]),
             coefficients=tuple((n, tuple(c)) for n, c in merged["coefficients"]),
             updates=tuple((n, tuple(u)) for n, u in merged["updates"]),
+            scale=merged["scale"],
         ),
         continuations=cluster.on_main(lambda: _continue(config, inputs["merge"] / "model")),
         heldout={d: sum(s.domain == d for s in heldout) for d in sorted({s.domain for s in heldout})},
@@ -98,13 +98,8 @@ def _models(config: Config, inputs: Mapping[str, Path]) -> list[tuple[str, Model
     order = ("control", "target", "fused")
     for role, name, folder in sorted(made, key=lambda m: order.index(m[0])):
         label = f"target {name}" if role == "target" else name
-        found.append((role, _like_pivot(config, folder, label.replace(" ", "-")), folder))
+        found.append((role, made_of(config.pivot, folder, label.replace(" ", "-")), folder))
     return found
-
-
-def _like_pivot(config: Config, folder: Path, name: str) -> Model:
-    """A model of the pivot's making, read with the pivot's settings."""
-    return replace(config.pivot, model=str(folder), name=name, cache=None, parameters=None)
 
 
 def _measure(config: Config, role: Any, model: Model, folder: Path, heldout: list) -> Scored:
@@ -127,7 +122,7 @@ def _continue(config: Config, folder: Path) -> tuple[tuple[str, str], ...]:
         return ()
     import torch
 
-    model = _like_pivot(config, folder, "fused")
+    model = made_of(config.pivot, folder, "fused")
     tokenizer, loaded = hub.load_tokenizer(model, folder), hub.load_model(model, folder).to(cluster.device())
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     written = []

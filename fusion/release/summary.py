@@ -70,6 +70,7 @@ class MergeFacts:
         names: the targets.
         coefficients: (tensor name, coefficient of each target); empty where a tensor was copied.
         updates: (tensor name, mean squared update of each target); empty where there was no base.
+        scale: of the merged update.
     """
 
     method: str
@@ -77,6 +78,7 @@ class MergeFacts:
     names: tuple[str, ...]
     coefficients: tuple[tuple[str, tuple[float, ...]], ...] = ()
     updates: tuple[tuple[str, tuple[float, ...]], ...] = ()
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
         for tensor, values in (*self.coefficients, *self.updates):

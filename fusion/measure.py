@@ -1,6 +1,7 @@
 """Bits per byte: the one figure that models of different tokenizers share."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,11 @@ from fusion.records import Sample
 from fusion.tokens.batch import by_length, pad
 from fusion.tokens.render import Renderer
 from fusion.tokens.windows import Window, windows
+
+
+def made_of(pivot: Model, folder: Path, name: str) -> Model:
+    """A model of the pivot's making, to be read with the pivot's settings."""
+    return replace(pivot, model=str(folder), name=name, cache=None, parameters=None)
 
 
 def bits_per_byte(model: Model, folder: Path, samples: Iterable[Sample], batch_tokens: int) -> dict[str, float]:

@@ -1,0 +1,124 @@
+"""How far to go along a merged update: given, or as the validation samples say."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import artifact, samples
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fusion.artifact import Artifact
+from fusion.config import Config, Dataset, Distill, Merge, Model, Prepare
+from fusion.corpus import Corpus, write_samples
+from fusion.measure import bits_per_byte
+from fusion.merge import stage
+from fusion.merge.stage import search
+
+
+@pytest.mark.parametrize(
+    ("start", "slope", "bend", "found"),
+    [
+        (2.0, -1.0, 1.0, 0.5),
+        (2.0, -1.2, 1.0, 0.6),
+        (2.0, -2.0, 1.0, 1.0),
+        (2.0, -2.5, 1.0, 1.25),
+        (2.0, -9.0, 1.0, 2.0),  # no further than twice
+        (2.0, -1.0, 0.0, 2.0),
+        (2.0, -1.0, -0.1, 2.0),
+        (2.0, 1.0, 1.0, 0.1),  # worse at once: as little as may be
+        (2.0, 1.0, -0.1, 0.1),
+    ],
+)
+def test_the_least_of_a_parabola(start: float, slope: float, bend: float, found: float) -> None:
+    scale, tried = search(lambda s: start + slope * s + bend * s * s)
+    assert scale == found and {0.0, 0.5, 1.0, found} == set(tried)
+
+
+def test_what_is_measured_decides_where_the_loss_is_no_parabola() -> None:
+    losses = {0.0: 2.0, 0.5: 1.9, 1.0: 1.95, 0.58: 1.91}
+    scale, tried = search(lambda s: losses[s])
+    assert scale == 0.5 and tried == losses
+
+
+@pytest.fixture
+def models(tmp_path: Path, tiny_llama: Any, byte_level_tokenizer: Any) -> tuple[Path, list[Path], Path]:
+    """A pivot; targets on both sides of a model that reads the samples better, three times as far away; the samples."""
+    pivot = tiny_llama(tmp_path / "pivot", byte_level_tokenizer, seed=1, initializer_range=0.05)
+    tokenizer, model = AutoTokenizer.from_pretrained(pivot), AutoModelForCausalLM.from_pretrained(pivot)
+    prepared = tmp_path / "prepared"
+    validation = samples(6, seed=4)
+    write_samples(prepared / "validation.parquet", validation)
+    steps = torch.optim.SGD(model.parameters(), lr=0.05)
+    for _ in range(4):
+        for sample in validation:
+            ids = torch.tensor([tokenizer(str(sample.text))["input_ids"]])
+            model(input_ids=ids, labels=ids).loss.backward()
+        steps.step()
+        steps.zero_grad()
+    start, better = load_file(pivot / "model.safetensors"), model.state_dict()
+    targets = []
+    torch.manual_seed(0)
+    noise = {name: 0.01 * torch.randn_like(weight) for name, weight in start.items()}
+    for n, sign in enumerate((1, -1)):
+        folder = tmp_path / f"target-{n}"
+        shutil.copytree(pivot, folder / "model")
+        moved = {k: w + 3 * (better[k] - w) + sign * noise[k] for k, w in start.items()}
+        save_file(moved, folder / "model/model.safetensors", metadata={"format": "pt"})
+        targets.append(folder)
+    return pivot, targets, prepared
+
+
+def run(
+    models: tuple[Path, list[Path], Path], root: Path, merge: Merge, out: Artifact | None = None
+) -> tuple[dict[str, Any], Path]:
+    pivot, targets, prepared = models
+    sources = tuple(Model("none", name=name) for name in ("a", "b"))
+    model = Model(str(pivot), "pivot", dtype="float32")
+    config = Config(
+        "small", model, sources, Prepare((Dataset("none.jsonl"),)), distill=Distill(control=False), merge=merge
+    )
+    inputs = {"pivot": pivot, "prepare": prepared, **{f"target/{n}": t for n, t in zip("ab", targets, strict=True)}}
+    out = out or artifact(root, "merge")
+    return stage.run(config, inputs, out), out.folder
+
+
+@pytest.mark.parametrize("method", ["linear", "sce"])
+def test_validation_samples_choose_the_scale(models: Any, tmp_path: Path, method: str) -> None:
+    parameters: dict[str, Any] = {"tau": 1.0} if method == "sce" else {}
+    facts, out = run(models, tmp_path / "auto", Merge(method, parameters))
+    tried = facts["bits by scale"]
+    assert {0.0, 0.5, 1.0} < set(tried) and 0.1 < facts["scale"] < 1
+    assert min(tried, key=tried.__getitem__) == facts["scale"]
+    model = Model(str(out / "model"), "fused", dtype="float32")
+    bits = bits_per_byte(model, out / "model", list(Corpus(models[2], "validation")), 4096)
+    assert sum(bits.values()) / len(bits) == pytest.approx(tried[facts["scale"]], rel=1e-6)
+    assert sorted(path.name for path in out.iterdir()) == ["model"]  # what was tried is gone
+    given, again = run(models, tmp_path / "given", Merge(method, parameters, scale=facts["scale"]))
+    assert "bits by scale" not in given and given["scale"] == facts["scale"]
+    name = "model/model.safetensors"
+    assert (again / name).read_bytes() == (out / name).read_bytes()
+    start, end = (load_file(path) for path in (models[0] / "model.safetensors", again / name))
+    whole = load_file(run(models, tmp_path / "whole", Merge(method, parameters, scale=1.0))[1] / name)
+    for key, weight in end.items():
+        torch.testing.assert_close(weight, start[key] + facts["scale"] * (whole[key] - start[key]))
+    json.dumps(facts)
+
+
+def test_without_validation_samples_all_of_the_update(models: Any, tmp_path: Path) -> None:
+    pivot, targets, _ = models
+    write_samples(tmp_path / "empty/validation.parquet", [])
+    facts, out = run((pivot, targets, tmp_path / "empty"), tmp_path / "auto", Merge("linear"))
+    assert facts["scale"] == 1.0 and (out / "model/config.json").exists()
+
+
+def test_leftovers_of_a_run_that_was_cut_off_are_no_hindrance(models: Any, tmp_path: Path) -> None:
+    out = artifact(tmp_path, "merge")
+    first, folder = run(models, tmp_path, Merge("linear"), out)
+    (folder / "tries/0.5").mkdir(parents=True)
+    (folder / "tries/0.5/model.safetensors").write_text("half of it")
+    again, _ = run(models, tmp_path, Merge("linear"), out)
+    assert again == first and not (folder / "tries").exists()
