@@ -135,6 +135,14 @@ def _trial(name: str, about: str, **changes: dict[str, Any]) -> Rung:
 TRIALS = {
     r.name: r
     for r in (
+        Rung(
+            "labels-frozen",
+            "label-only, embeddings frozen",
+            "control",
+            {"distill": {"freeze_embeddings": True}},
+            DRAWN_BACK,
+        ),
+        _trial("frozen", "embeddings frozen", distill={"freeze_embeddings": True}),
         _trial("weight-0", "label weight 0", distill={"label_weight": 0.0}),
         _trial("weight-0.1", "label weight 0.1", distill={"label_weight": 0.1}),
         _trial("weight-0.5", "label weight 0.5", distill={"label_weight": 0.5}),

@@ -169,6 +169,7 @@ class Distill:
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # bfloat16 keeps float32 master weights
     lora: Lora | None = None
+    freeze_embeddings: bool = False  # input embeddings and output head stay the pivot's
     gradient_checkpointing: bool = False
     evaluations: Annotated[int, Field(ge=0)] = 4  # on the validation samples, in the course of a training
     keep: Literal["best", "last"] = "best"  # the weights of the best evaluation, or those at the end
@@ -186,6 +187,10 @@ class Distill:
             raise ValueError(
                 f"distill.gate_unit: tokens will not do with gate_level {self.gate_level}: sources share no tokens; "
                 "leave it away, or set gate_level: sample"
+            )
+        if self.freeze_embeddings and self.lora is not None:
+            raise ValueError(
+                "distill.freeze_embeddings: will not do with lora, which trains neither embeddings nor head; leave it away"
             )
         scheduled = self.label_schedule in ("linear", "cosine")
         if scheduled and self.label_weight_end is None:

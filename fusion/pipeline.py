@@ -35,6 +35,8 @@ _IDLE = {
     "packing",
     "workers",
 }
+# settings that came later: where they say nothing, what was made before them is still what would be made
+_LATER = {"freeze_embeddings": False}
 _OF_TEACHERS = {
     *("gate", "gate_level", "gate_unit", "gate_temperature", "weights", "pivot", "topology", "k"),
     *("label_weight", "label_schedule", "label_weight_end"),
@@ -334,7 +336,8 @@ def _targets(config: Config, teachers: Sequence[Model]) -> dict[str, list[str]]:
 
 def _settings(part: Any, *names: str) -> dict[str, Any]:
     """The settings of a config section that decide what its stage writes."""
-    return {k: v for k, v in asdict(part).items() if (k in names if names else k not in _IDLE)}
+    told = {k: v for k, v in asdict(part).items() if k not in _LATER or v != _LATER[k]}
+    return {k: v for k, v in told.items() if (k in names if names else k not in _IDLE)}
 
 
 def deepspeed_settings(path: str) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def test_every_rung_of_every_regime_is_a_config(ladder: Any, tmp_path: Path) -> 
             assert (config.align.procedure, config.distill.gate_unit) == (
                 (rung.name, "tokens") if published else ("boundaries", "bytes")
             )
-            assert bool(rung.merges) == (rung.trains == "pairwise")
+            assert rung.merges or rung.trains != "pairwise"
 
 
 def test_parts_of_the_corpus(ladder: Any, tmp_path: Path) -> None:

@@ -41,6 +41,8 @@ OTHERS: Mapping[str, Mapping[str, Any]] = {
     "low": {"dtype": "bfloat16"},
     "lora2": LORA,
     "lora3": {**LORA, "zero": "zero3.json"},
+    "frozen2": {"freeze_embeddings": True, "gradient_checkpointing": True},
+    "frozen3": {"freeze_embeddings": True, "zero": "zero3.json"},
     "poisoned": {"poisoned": 5},
     "no-norm": {"no_norm_at": 3, "save_steps": 2},
 }
@@ -48,6 +50,7 @@ ALONE: Mapping[str, Mapping[str, Any]] = {
     **{name: WAYS[name] for name in ("zero0", "zero2", "zero3", "one-by-one")},
     "low": OTHERS["low"],
     "lora2": LORA,
+    "frozen2": {"freeze_embeddings": True},
     "wild": {"pivot": "zero2", "label_weight": 0.0, "learning_rate": 0.01},
     "last": {"pivot": "zero2", "label_weight": 0.0, "learning_rate": 0.01, "keep": "last"},
     "once": {"epochs": 1.5, "save_steps": 4},
@@ -170,6 +173,18 @@ def test_low_precision_stays_near(alone: Path, together: Path) -> None:
         assert curve(folder, "low") == pytest.approx(curve(together, "zero2"), rel=2e-2)
     assert curve(alone, "low") == pytest.approx(curve(together, "low"), rel=2e-3)
     assert next(iter(weights(together, "low").values())).dtype == torch.bfloat16
+
+
+def test_frozen_embeddings_stay_the_pivots_and_the_rest_learns(together: Path, alone: Path, pivot: Path) -> None:
+    start = load_file(pivot / "model.safetensors")
+    for name, folder in (("frozen3", together), ("frozen2", alone)):
+        assert curve(folder, name) == pytest.approx(curve(together, "frozen2"), rel=1e-5)
+        end = weights(folder, name)
+        assert far(end, weights(together, "frozen2")) < 1e-5
+        for key, weight in start.items():
+            still = "embed" in key or "lm_head" in key
+            assert torch.equal(end[key], weight) == still, key
+    assert curve(together, "frozen2")[-1] < curve(together, "frozen2")[0]
 
 
 def test_low_rank_updates(alone: Path, together: Path, pivot: Path) -> None:

@@ -66,6 +66,17 @@ def fuse_head(model: Any, objective: Objective, shape: Shape) -> None:
     model.forward = MethodType(forward, model)
 
 
+def freeze_embeddings(model: Any) -> None:
+    """Keep input embeddings and output head as they are: no gradient, no memory of the optimizer for them.
+
+    Adam moves a row as far for gradients that are noise as for gradients that agree, and most ids of a small corpus
+    hardly occur in it.
+    """
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for parameter in module.parameters():
+            parameter.requires_grad_(False)
+
+
 def _body(model: Any, ids: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
     """Hidden states (B, T, H) of a fused model."""
     given = {} if places is None else {"position_ids": places}

@@ -22,7 +22,7 @@ from fusion.distill.dataset import FusionDataset
 from fusion.distill.figures import Figures, Progress
 from fusion.distill.lora import add_lora, trained
 from fusion.distill.loss import Shape
-from fusion.distill.model import can_pack, check_head, fuse_head, shape_of, skips_unseen
+from fusion.distill.model import can_pack, check_head, freeze_embeddings, fuse_head, shape_of, skips_unseen
 from fusion.distill.order import StepOrder
 from fusion.distill.validation import Validation
 
@@ -65,6 +65,8 @@ def train(
     if settings.lora is not None:
         torch.manual_seed(seed)  # their first values are drawn, and have to be the same on all ranks
         add_lora(model, settings.lora)
+    if settings.freeze_embeddings:
+        freeze_embeddings(model)
     fuse_head(model, objective_of(settings), shape)
     steps = steps_of(len(dataset), settings)
     dataset.share_memory(workers_of(settings))
