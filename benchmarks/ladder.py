@@ -173,6 +173,7 @@ TRIALS = {
         _trial("teacher-1.25", "teacher's temperature 1.25", distill={"teacher_temperature": 1.25}),
         _trial("top-32", "cache: top 32", capture={"sampler": "top_k", "k": 32}),
         _trial("top-128", "cache: top 128", capture={"sampler": "top_k", "k": 128}),
+        _trial("draws-12", "cache: 12 draws", capture={"draws": 12}),
         _trial("draws-200", "cache: 200 draws", capture={"draws": 200}),
         _trial("smoothing", "label smoothing 0.1", distill={"label_smoothing": 0.1}),
     )
