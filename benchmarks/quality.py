@@ -10,181 +10,25 @@ Figures, with the config of each run, go to --json; the table's picture to --plo
 """
 
 import argparse
-import json
 import logging
-import re
 import shutil
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import common
 import ladder
-import ladder_corpus
 import ladder_show
 import yaml
 from ladder import QUICK, QUICK_RATE, RATES, REGIMES, RUNGS, TRIAL, TRIALS, Regime, Rung
+from ladder_lab import QUESTIONS, ZOO, Lab
 
 from fusion import cluster, hub, pipeline, tracking
-from fusion import config as configs
-from fusion.artifact import Artifact, digest, read_manifest, write_json
-from fusion.config import Config, Model
-from fusion.corpus import Corpus
-from fusion.measure import bits_per_byte
-from fusion.merge.engine import merge, plan
-from fusion.merge.recipe import MergeRecipe
-from fusion.records import Sample
+from fusion.artifact import digest, read_manifest
+from fusion.config import Config
 from fusion.release import tasks
-
-ZOO = common.SHARED / "zoo"
-PIVOT = ZOO / "pivot-llama"
-DEEPSPEED = Path(__file__).parents[1] / "configs/deepspeed/zero0.json"
-CONVERGED_BYTES = 2_500_000  # of each domain, that the converged pivot reads first
-QUESTIONS = Path(__file__).parents[1] / "configs/tasks/gsm8k_shared.yaml"
-PIECES = {"choose": 50, "report": 100}  # of each domain, from other held-out texts each
-
-
-class Lab:
-    """Trains, merges and measures, each thing once.
-
-    Args:
-        work: where everything is kept.
-        quick: fewer held-out pieces.
-        questions: of GSM8K that every model is asked.
-    """
-
-    def __init__(self, work: Path, quick: bool, questions: int = 0):
-        self.work, self._quick, self.questions = work, quick, questions
-        self._fuse = ladder_corpus.read(ZOO / "fuse.jsonl")
-        self._heldout = ladder_corpus.read(ZOO / "heldout.jsonl")
-        self._halves = ladder_corpus.halved(self._heldout, tuple(PIECES))
-        self._more: ladder_corpus.Rows | None = None
-        self._pieces: dict[str, list[Sample]] = {}
-
-    def config(self, rung: Rung, regime: Regime, seed: int, rate: float) -> Config:
-        """The config of a run, written down under `work`."""
-        pivot = self.converged() if regime.converged else PIVOT
-        return self._written(rung, regime, seed, rate, pivot, self._corpus(regime.share * rung.times))
-
-    def _written(self, rung: Rung, regime: Regime, seed: int, rate: float, pivot: Path, corpus: Path) -> Config:
-        heldout, out = self.work / "heldout.jsonl", self.work / "runs"
-        ladder_corpus.write(heldout, self._halves)
-        holds = ladder.tree(rung, regime, pivot, ZOO, corpus, heldout, out, seed, rate, DEEPSPEED)
-        path = self.work / "configs" / f"{regime.name}-{rung.name}-{seed}-{rate:g}.yaml"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(holds, sort_keys=False))
-        return configs.load(path)
-
-    def _corpus(self, share: float) -> Path:
-        """So much of the corpus; beyond all of it, with more text of the same kinds."""
-        size = share * min(ladder_corpus.bytes_of(self._fuse).values())
-        rest = self._others() if share > 1 else []
-        return ladder_corpus.write(self.work / f"corpus-{share:g}.jsonl", ladder_corpus.part(self._fuse, size, rest))
-
-    def _others(self) -> ladder_corpus.Rows:
-        if self._more is None:
-            self._more = ladder_corpus.more(common.SHARED / "text", [*self._fuse, *self._heldout])
-        return self._more
-
-    def converged(self) -> Path:
-        """The pivot after a training on a general mixture of other text; made once."""
-        mixture = ladder_corpus.write(
-            self.work / "mixture.jsonl", ladder_corpus.part(self._others(), CONVERGED_BYTES, last=True)
-        )
-        once = Regime("mixture", "the converged pivot", 1.0, 1)
-        config = self._written(RUNGS["labels"], once, 0, 1e-3, PIVOT, mixture)
-        (target,) = self.targets(config, RUNGS["labels"]).values()
-        return target.folder / "model"
-
-    def targets(self, config: Config, rung: Rung) -> dict[str, Artifact]:
-        """A rung's trained targets by name."""
-        made = {t.out.subject: t.out for t in self._tasks(config) if t.out.stage == "distill"}
-        wanted = {n: a for n, a in made.items() if (n == "control") == (rung.trains == "control")}
-        if not all(a.done() for a in wanted.values()):
-            if rung.trains == "control":
-                pipeline.run(config, only=["prepare"])
-            else:
-                pipeline.run(config, only=["prepare", "capture", "align"])
-            pipeline.run(config, only=["distill"], targets=sorted(wanted))
-        return wanted
-
-    def merged(self, config: Config, targets: dict[str, Artifact], settings: dict[str, Any]) -> tuple[Path, str]:
-        """What targets come to by the settings of a config's `merge`: its folder, and a key of its weights."""
-        asked = configs.Merge(**settings)
-        recipe = MergeRecipe(
-            asked.method,
-            config.pivot.model,
-            tuple(str(target.folder / "model") for target in targets.values()),
-            asked.parameters,
-            "float32",
-            seed=config.seed,
-        )
-        key = digest([asked.method, asked.parameters, [t.key for t in targets.values()], config.seed])
-        folder = self.work / "merged" / key
-        if not folder.exists() and not self._known(config, key):
-            merge(plan(recipe), folder)
-        return folder, key
-
-    def _tasks(self, config: Config) -> list[pipeline.Task]:
-        return pipeline.plan(config, pipeline.find(config))
-
-    def read_by(self, config: Config) -> int:
-        """Bytes on disk of the caches that a config's targets learn from."""
-        tasks = [t.out for t in self._tasks(config) if t.out.stage == "capture"]
-        return sum(int(read_manifest(out.folder)["facts"]["bytes on disk"]) for out in tasks if out.done())
-
-    def feeds(self, rung: Rung, regime: Regime) -> bool:
-        """Whether there is so much text; said once, before anything is trained."""
-        try:
-            self._corpus(regime.share * rung.times)
-        except ValueError as error:
-            tracking.say(f"{regime.name}: {rung.about} is left out: {error}")
-            return False
-        return True
-
-    def bits(self, config: Config, name: str, folder: Path, key: str) -> dict[str, dict[str, float]]:
-        """A model's bits per byte, by half of the held-out texts and domain; `key` tells its weights."""
-        path = self._bits(config, key)
-        if not path.exists():
-            model, pieces = Model(str(folder), _plain(name)), self._heldout_pieces(config)
-            write_json(path, {half: bits_per_byte(model, folder, those, 8192) for half, those in pieces.items()})
-        found: dict[str, dict[str, float]] = json.loads(path.read_text())
-        return found
-
-    def _bits(self, config: Config, key: str) -> Path:
-        asked = {half: [sample.id for sample in those] for half, those in self._heldout_pieces(config).items()}
-        return self.work / "measured" / f"{digest([key, asked])}.json"
-
-    def _known(self, config: Config, key: str) -> bool:
-        return self._bits(config, key).exists() and (self._solved(key).exists() or not self.questions)
-
-    def _solved(self, key: str) -> Path:
-        return self.work / "solved" / f"{digest([key, self.questions])}.json"
-
-    def solved(self, folder: Path, key: str) -> float:
-        """The share of GSM8K's first test questions that a model answers with the right number."""
-        path = self._solved(key)
-        if not path.exists():
-            model, task = Model(str(folder), "model"), str(QUESTIONS)
-            found = tasks.scores(tasks.manager([task]), [task], model, folder, limit=self.questions, batch_size=32)
-            write_json(path, {"strict": found["gsm8k_shared"]["exact_match,strict"][0]})
-        return float(json.loads(path.read_text())["strict"])
-
-    def _heldout_pieces(self, config: Config) -> dict[str, list[Sample]]:
-        """The first held-out pieces by id of each half and domain."""
-        if not self._pieces:
-            prepared = next(t.out.folder for t in self._tasks(config) if t.out.stage == "prepare")
-            by_domain: dict[str, list[Sample]] = {}
-            for sample in sorted(Corpus(prepared, "heldout"), key=lambda s: s.id):
-                by_domain.setdefault(sample.domain, []).append(sample)
-            for label, those in by_domain.items():
-                half, domain = label.split("-")
-                count = PIECES[half] // 4 if self._quick else PIECES[half]
-                self._pieces.setdefault(half, []).extend(replace(s, domain=domain) for s in those[:count])
-        return self._pieces
 
 
 def climb(lab: Lab, regime: Regime, rung: Rung, rates: Sequence[float], seeds: int) -> list[dict[str, Any]]:
@@ -235,11 +79,6 @@ def _run(lab: Lab, regime: Regime, rung: Rung, rate: float, seed: int) -> dict[s
     }
 
 
-def _plain(name: str) -> str:
-    """As a model may be named."""
-    return re.sub(r"[^\w.-]+", "-", name)
-
-
 def _measured(lab: Lab, config: Config, name: str, folder: Path, key: str) -> dict[str, Any]:
     found = lab.bits(config, name, folder, key)
     told: dict[str, Any] = {half: {**bits, "mean": sum(bits.values()) / len(bits)} for half, bits in found.items()}
@@ -266,8 +105,22 @@ def main() -> None:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="a tiny corpus, one rate, one seed: whether it works")
-    parser.add_argument("--regimes", nargs="+", choices=[*REGIMES, TRIAL.name], default=list(REGIMES))
-    parser.add_argument("--rungs", nargs="+", choices=[*RUNGS, *TRIALS], default=list(RUNGS))
+    parser.add_argument(
+        "--regimes",
+        nargs="+",
+        metavar="REGIME",
+        choices=[*REGIMES, TRIAL.name],
+        default=list(REGIMES),
+        help=f"of these, and {TRIAL.name}, where settings are tried",
+    )
+    parser.add_argument(
+        "--rungs",
+        nargs="+",
+        metavar="RUNG",
+        choices=[*RUNGS, *TRIALS],
+        default=list(RUNGS),
+        help=f"of these, and single changes to joint: {', '.join(TRIALS)}",
+    )
     parser.add_argument("--rates", nargs="+", type=float, default=list(RATES), help="learning rates to choose from")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--questions", type=int, default=0, help="of GSM8K that every model is asked")
