@@ -89,15 +89,9 @@ MERGES: dict[str, dict[str, Any]] = {
     "Model Stock": {"method": "model_stock"},
     "sum of updates": {"method": "task_arithmetic"},
 }
-
-
-def _share(scale: float) -> dict[str, Any]:
-    """So much of the mean update: a point on the line from the pivot through the average of the targets."""
-    return {"method": "task_arithmetic", "parameters": {"normalize": True, "scale": scale}}
-
-
-DRAWN_BACK = {f"{scale:.0%} of the update": _share(scale) for scale in (0.5, 0.7)}
-MERGES |= {f"{scale:.0%} of the average": _share(scale) for scale in (0.7, 1.5, 2.0)}
+AS_FAR = "as far as chosen"  # as `merge.scale: auto` goes along the update, by the half that chooses
+DRAWN_BACK = {AS_FAR: {"method": "linear", "scale": "auto"}}
+MERGES |= {f"{name}, {AS_FAR}": {**MERGES[name], "scale": "auto"} for name in ("average", "SCE, all elements", "TIES")}
 RUNGS = {
     r.name: r
     for r in (

@@ -1,7 +1,7 @@
 """Where the quality ladder trains, merges and measures, each thing once."""
 
 import json
-import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from fusion.corpus import Corpus
 from fusion.measure import bits_per_byte
 from fusion.merge.engine import merge, plan
 from fusion.merge.recipe import MergeRecipe
+from fusion.merge.records import Lines
 from fusion.records import Sample
 from fusion.release import tasks
 
@@ -95,18 +96,17 @@ class Lab:
             pipeline.run(config, only=["distill"], targets=sorted(wanted))
         return wanted
 
-    def merged(self, config: Config, targets: dict[str, Artifact], settings: dict[str, Any]) -> tuple[Path, str]:
-        """What targets come to by the settings of a config's `merge`: its folder, and a key of its weights."""
-        asked = configs.Merge(**settings)
-        recipe = MergeRecipe(
-            asked.method,
-            config.pivot.model,
-            tuple(str(target.folder / "model") for target in targets.values()),
-            asked.parameters,
-            "float32",
-            seed=config.seed,
-        )
-        key = digest([asked.method, asked.parameters, [t.key for t in targets.values()], config.seed])
+    def merged(
+        self, config: Config, targets: dict[str, Artifact], settings: Mapping[str, Any], scale: float
+    ) -> tuple[Path, str]:
+        """So much of what targets come to by a config's `merge` settings: its folder, and a key of its weights."""
+        method, parameters = settings["method"], dict(settings.get("parameters", {}))
+        models = tuple(str(target.folder / "model") for target in targets.values())
+        recipe = MergeRecipe(method, config.pivot.model, models, parameters, "float32", seed=config.seed)
+        told = [method, parameters, [t.key for t in targets.values()], config.seed]
+        if scale != 1:
+            recipe, told = replace(recipe, lines=Lines(scale, 0.0)), [*told, scale]
+        key = digest(told)
         folder = self.work / "merged" / key
         if not folder.exists() and not self._known(config, key):
             merge(plan(recipe), folder)
@@ -133,7 +133,7 @@ class Lab:
         """A model's bits per byte, by half of the held-out texts and domain; `key` tells its weights."""
         path = self._bits(config, key)
         if not path.exists():
-            model, pieces = Model(str(folder), _plain(name)), self._heldout_pieces(config)
+            model, pieces = Model(str(folder), name), self._heldout_pieces(config)
             write_json(path, {half: bits_per_byte(model, folder, those, 8192) for half, those in pieces.items()})
         found: dict[str, dict[str, float]] = json.loads(path.read_text())
         return found
@@ -169,8 +169,3 @@ class Lab:
                 count = PIECES[half] // 4 if self._quick else PIECES[half]
                 self._pieces.setdefault(half, []).extend(replace(s, domain=domain) for s in those[:count])
         return self._pieces
-
-
-def _plain(name: str) -> str:
-    """As a model may be named."""
-    return re.sub(r"[^\w.-]+", "-", name)

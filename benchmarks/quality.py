@@ -14,7 +14,7 @@ import logging
 import shutil
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ from ladder import QUICK, QUICK_RATE, RATES, REGIMES, RUNGS, TRIAL, TRIALS, Regi
 from ladder_lab import QUESTIONS, ZOO, Lab
 
 from fusion import cluster, hub, pipeline, tracking
-from fusion.artifact import digest, read_manifest
+from fusion.artifact import Artifact, digest, read_manifest
 from fusion.config import Config
+from fusion.merge.stage import search
 from fusion.release import tasks
 
 
@@ -51,9 +52,7 @@ def _run(lab: Lab, regime: Regime, rung: Rung, rate: float, seed: int) -> dict[s
     manifests = {name: read_manifest(target.folder) for name, target in targets.items()}
     models = {name: _measured(lab, config, name, a.folder / "model", a.key) for name, a in targets.items()}
     for name, settings in rung.merges.items():
-        folder, key = lab.merged(config, targets, dict(settings))
-        models[name] = _measured(lab, config, name, folder, key)
-        shutil.rmtree(folder, ignore_errors=True)  # its figures are kept
+        models[name] = _merged(lab, config, targets, settings)
     among = list(rung.merges) + (list(targets) if len(targets) == 1 else [])
     told = models[min(among, key=lambda name: models[name]["choose"]["mean"])]
     facts = [m["facts"] for m in manifests.values()]
@@ -79,6 +78,35 @@ def _run(lab: Lab, regime: Regime, rung: Rung, rate: float, seed: int) -> dict[s
     }
 
 
+def _merged(lab: Lab, config: Config, targets: dict[str, Artifact], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of one merge, all of the update or as far as `merge.scale: auto` goes, by the half that chooses."""
+    tried: dict[float, dict[str, Any]] = {}
+
+    def measure(scale: float) -> float:
+        if not scale:
+            tried[scale] = _pivot(lab, config)
+        else:
+            folder, key = lab.merged(config, targets, settings, scale)
+            tried[scale] = _measured(lab, config, "merged", folder, key)
+            shutil.rmtree(folder, ignore_errors=True)  # its figures are kept
+        return float(tried[scale]["choose"]["mean"])
+
+    wanted = settings.get("scale", 1.0)
+    if wanted != "auto":
+        measure(wanted)
+        return tried[wanted]
+    scale, _ = search(measure)
+    return {**tried[scale], "scale": scale}
+
+
+def _pivot(lab: Lab, config: Config) -> dict[str, Any]:
+    return _of_folder(lab, config, "pivot", Path(config.pivot.model))
+
+
+def _of_folder(lab: Lab, config: Config, name: str, folder: Path) -> dict[str, Any]:
+    return _measured(lab, config, name, folder, digest(hub.fingerprint(folder, lab.work / "fingerprints.json")))
+
+
 def _measured(lab: Lab, config: Config, name: str, folder: Path, key: str) -> dict[str, Any]:
     found = lab.bits(config, name, folder, key)
     told: dict[str, Any] = {half: {**bits, "mean": sum(bits.values()) / len(bits)} for half, bits in found.items()}
@@ -92,9 +120,8 @@ def untrained(lab: Lab, regime: Regime) -> list[dict[str, Any]]:
     rows = []
     models = {"pivot": Path(config.pivot.model), **{n: ZOO / folder for n, folder in ladder.SOURCES.items()}}
     for name, folder in models.items():
-        key = digest(hub.fingerprint(folder, lab.work / "fingerprints.json"))
         about = "the pivot" if name == "pivot" else f"source {name}"
-        told = _measured(lab, config, name, folder, key)
+        told = _of_folder(lab, config, name, folder)
         rows.append({"regime": regime.name, "rung": name, "about": about, "seed": 0, "chosen": True, **told})
     return rows
 
