@@ -190,7 +190,8 @@ class Distill:
             )
         if self.freeze_embeddings and self.lora is not None:
             raise ValueError(
-                "distill.freeze_embeddings: will not do with lora, which trains neither embeddings nor head; leave it away"
+                "distill.freeze_embeddings: will not do with lora, which trains neither embeddings nor head; "
+                "leave it away"
             )
         scheduled = self.label_schedule in ("linear", "cosine")
         if scheduled and self.label_weight_end is None:
@@ -218,7 +219,12 @@ class Merge:
     dtype: Literal["bfloat16", "float16", "float32"] | None = None  # None: the targets' own
     # how far from the pivot to go along the merged update, 1: all of it; auto: so far as the validation samples say,
     # all of it where there are none
-    scale: Annotated[float, Field(gt=0, le=4)] | Literal["auto"] = "auto"
+    scale: float | str = "auto"
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.scale, (int, float)) and not isinstance(self.scale, bool)
+        if self.scale != "auto" and not (number and 0 < float(self.scale) <= 4):
+            raise ValueError(f"merge.scale: {self.scale!r} will not do; give a number above 0, 4 at most, or auto")
 
 
 @dataclass(frozen=True, config=_STRICT)

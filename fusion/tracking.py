@@ -115,17 +115,19 @@ class Tracker:
         self._start(config.tracking, name, config.name, config.folder)
 
     @classmethod
-    def of(cls, settings: Tracking, name: str, group: str, folder: Path) -> "Tracker":
-        """That of a run without a config; `folder` is where wandb writes."""
+    def of(cls, settings: Tracking, name: str, group: str, folder: Path, asked: Mapping[str, Any]) -> "Tracker":
+        """That of a run without a config: `folder` is where wandb writes, `asked` what it shows as the run's config."""
         made = cls.__new__(cls)
-        made._start(settings, name, group, folder)
+        made._start(settings, name, group, folder, asked)
         return made
 
-    def _start(self, settings: Tracking, name: str, group: str, folder: Path) -> None:
+    def _start(
+        self, settings: Tracking, name: str, group: str, folder: Path, asked: Mapping[str, Any] | None = None
+    ) -> None:
         self._run: Any = None
-        cluster.on_main(lambda: self._begin(settings, name, group, folder))
+        cluster.on_main(lambda: self._begin(settings, name, group, folder, asked))
 
-    def _begin(self, settings: Tracking, name: str, group: str, folder: Path) -> None:
+    def _begin(self, settings: Tracking, name: str, group: str, folder: Path, told: Mapping[str, Any] | None) -> None:
         asked = settings.wandb
         if asked == "disabled":
             return
@@ -140,6 +142,7 @@ class Tracker:
                     name=name,
                     group=group,
                     dir=str(folder),
+                    config=None if told is None else dict(told),
                     mode=mode,  # type: ignore[arg-type]
                     reinit="create_new",
                     settings=wandb.Settings(silent=True, console="off"),

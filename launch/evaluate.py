@@ -73,27 +73,32 @@ def _measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         for n, m in enumerate(arguments.models, 1)
     ]
     folders = [hub.locate(model, model.model) for model in models]
+    for model, folder in zip(models, folders, strict=True):
+        hub.template_of(model)
+        if arguments.chat and hub.load_tokenizer(model, folder).chat_template is None:
+            raise ValueError(f"--chat: {model.model} has no chat template")
     samples = _samples(arguments) if arguments.data else []
     known = tasks.manager(arguments.tasks) if arguments.tasks else None
+    asked = (arguments.fewshot, arguments.limit, arguments.batch_size, arguments.chat)
     rows: list[dict[str, Any]] = []
     cluster.start()
     try:
         for model, folder in zip(models, folders, strict=True):
-            row: dict[str, Any] = {"model": model.model}
+            tracker = _tracker(arguments, model.model)
+            row: dict[str, Any] = {"model": model.model, "settings": _settings(arguments)}
             if samples:
                 bits = bits_per_byte(model, folder, samples, arguments.batch_tokens)
                 row |= {"bits_per_byte": bits, "mean": sum(bits.values()) / len(bits)}
+                _write(arguments, [*rows, row])  # what was measured stays, whatever comes next
             if known is not None:
-                asked = (arguments.fewshot, arguments.limit, arguments.batch_size, arguments.chat)
                 found = tasks.scores(known, arguments.tasks, model, folder, *asked)
                 row["tasks"] = {
                     task: {metric: {"value": value, "stderr": error} for metric, (value, error) in metrics.items()}
                     for task, metrics in found.items()
                 }
             rows.append(row)
-            if arguments.json and cluster.is_main():  # what was measured stays, whatever the next model does
-                Path(arguments.json).write_text(json.dumps(rows, indent=1) + "\n")
-            _track(arguments, row)
+            _write(arguments, rows)
+            _track(tracker, row)
         _show(rows)
     except KeyboardInterrupt:
         tracking.say(f"interrupted after {len(rows)} of {len(models)} models")
@@ -109,6 +114,8 @@ def _check(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, option)
         if value is not None and value < least:
             raise ValueError(f"--{option.replace('_', '-')}: {value} will not do; give {least} or more")
+    if arguments.json and Path(arguments.json).is_dir():
+        raise ValueError(f"--json {arguments.json}: is a folder; give a file")
     if arguments.json and not Path(arguments.json).resolve().parent.is_dir():
         raise ValueError(f"--json {arguments.json}: there is no folder {Path(arguments.json).resolve().parent}")
 
@@ -129,11 +136,29 @@ def _samples(arguments: argparse.Namespace) -> list[Any]:
     return samples
 
 
-def _track(arguments: argparse.Namespace, row: dict[str, Any]) -> None:
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What figures depend on beside the model."""
+    names = ["limit", "dtype", *(["data", "split", "domain", "template"] if arguments.data else [])]
+    names += ["tasks", "fewshot", "chat"] if arguments.tasks else []
+    return {name: getattr(arguments, name) for name in names}
+
+
+def _write(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    from fusion import cluster
+
+    if arguments.json and cluster.is_main():
+        Path(arguments.json).write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def _tracker(arguments: argparse.Namespace, model: str) -> Any:
     from fusion.config import Tracking
     from fusion.tracking import Tracker
 
-    tracker = Tracker.of(Tracking(arguments.wandb, arguments.project), row["model"], "evaluate", Path("runs/evaluate"))
+    settings = Tracking(arguments.wandb, arguments.project)
+    return Tracker.of(settings, model, "evaluate", Path("runs/evaluate"), _settings(arguments))
+
+
+def _track(tracker: Any, row: dict[str, Any]) -> None:
     told = {f"bits per byte/{domain}": bits for domain, bits in row.get("bits_per_byte", {}).items()}
     told |= {"bits per byte": row["mean"]} if "mean" in row else {}
     for task, metrics in row.get("tasks", {}).items():

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import artifact, samples
+from tiny import artifact, load, samples, tree
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusion.artifact import Artifact
@@ -42,6 +42,22 @@ def test_what_is_measured_decides_where_the_loss_is_no_parabola() -> None:
     losses = {0.0: 2.0, 0.5: 1.9, 1.0: 1.95, 0.58: 1.91}
     scale, tried = search(lambda s: losses[s])
     assert scale == 0.5 and tried == losses
+
+
+def test_a_figure_that_is_no_number_never_wins() -> None:
+    nan, inf = float("nan"), float("inf")
+    assert search(lambda s: {0.0: 2.0, 0.5: nan, 1.0: 1.9, 0.1: 1.95}[s])[0] == 1.0
+    assert search(lambda s: {0.0: 2.0, 0.5: 2.1, 1.0: inf, 0.1: 2.05}[s])[0] == 0.1
+    with pytest.raises(ValueError, match=r"^merge\.scale: no merged model has finite bits"):
+        search(lambda s: inf if s else 2.0)
+
+
+@pytest.mark.parametrize("scale", [0, -1, 5, "half", True, float("nan"), [0.5]])
+def test_a_scale_that_will_not_do(tmp_path: Path, scale: Any) -> None:
+    holds = tree(tmp_path, tmp_path, {"a": tmp_path}, merge={"method": "sce", "scale": scale})
+    with pytest.raises(ValueError, match=r"merge\.scale: .* will not do[;:] .*") as told:
+        load(tmp_path, holds)
+    assert "union" not in str(told.value) and "constrained" not in str(told.value)
 
 
 @pytest.fixture

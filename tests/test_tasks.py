@@ -103,8 +103,29 @@ def test_the_harness_is_asked_for_where_it_is_missing(monkeypatch: pytest.Monkey
 
 def test_a_task_file_with_a_mistake_is_one_line(folder: Path, task: Path) -> None:
     task.write_text(task.read_text().replace("doc_to_target: answer", "doc_to_target: '{{nobody.name}}'"))
-    with pytest.raises(ValueError, match="^--tasks: "):
+    with pytest.raises(ValueError, match="^--tasks .*pick.yaml: cannot be asked: "):
         tasks.scores(tasks.manager([str(task)]), [str(task)], Model(str(folder), "a", dtype="float32"), folder)
+
+
+def test_a_task_file_that_cannot_be_read(task: Path) -> None:
+    for broken, said in (
+        ("task: [pick", "cannot be read"),
+        ("- pick", "names no task"),
+        ("metric: acc", "names no task"),
+    ):
+        task.write_text(broken)
+        with pytest.raises(ValueError, match=f"^--tasks: .*pick.yaml {said}"):
+            tasks.manager([str(task)])
+
+
+def test_bits_per_byte_stay_when_a_task_fails(folder: Path, task: Path, tmp_path: Path) -> None:
+    write_lines(tmp_path / "texts.jsonl", [{"text": "the cat sat on the mat"}])
+    (tmp_path / "questions.jsonl").unlink()
+    out = tmp_path / "figures.json"
+    done = launched(folder, "--data", tmp_path / "texts.jsonl", "--tasks", task, "--json", out)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    (row,) = json.loads(out.read_text())
+    assert row["mean"] > 0 and row["settings"]["tasks"] == [str(task)] and row["settings"]["limit"] is None
 
 
 def launched(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -131,6 +152,10 @@ def test_side_by_side_from_the_command_line(folder: Path, task: Path, tmp_path: 
         ((), "nothing to measure by: give --data or --tasks"),
         (("--tasks", "gsm8k", "--batch-size", "0"), "--batch-size: 0 will not do"),
         (("--tasks", "gsm8k", "--json", "nowhere/at/all.json"), "there is no folder"),
+        (("--tasks", "gsm8k", "--json", "."), "--json .: is a folder"),
+        (("--tasks", "gsm8k", "--chat"), "has no chat template"),
+        (("--tasks", "gsm8k*"), "no task, group or tag"),
+        (("--data", "texts.jsonl", "--template", "nowhere.jinja"), "nowhere.jinja is no file"),
     ],
 )
 def test_wrong_options_are_one_line(folder: Path, given: tuple[str, ...], said: str) -> None:

@@ -1,5 +1,6 @@
 """Merge: all targets and their base → one checkpoint."""
 
+import math
 import shutil
 import threading
 from collections.abc import Callable, Mapping
@@ -53,14 +54,14 @@ def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, 
     wanted = config.merge.scale
     samples = list(Corpus(inputs["prepare"], "validation")) if wanted == "auto" else []
     if not samples:
-        scale, tried = 1.0 if wanted == "auto" else wanted, dict[float, float]()
+        scale, tried = 1.0 if wanted == "auto" else float(wanted), dict[float, float]()
         reports = _merged(config, inputs, scale, out.folder / "model")
     else:
         tries = _Tries(config, inputs, out, samples)
         scale, tried = search(tries.measure)
-        reports = tries.keep(scale)
-    facts = _facts(config, inputs, reports)
-    return {**facts, "scale": scale, **({"bits by scale": tried} if tried else {})}
+        reports = tries.keep()
+    facts, finite = _facts(config, inputs, reports), {s: bits for s, bits in tried.items() if math.isfinite(bits)}
+    return {**facts, "scale": scale, **({"bits by scale": finite} if finite else {})}
 
 
 def search(measure: Callable[[float], float]) -> tuple[float, dict[float, float]]:
@@ -74,20 +75,28 @@ def search(measure: Callable[[float], float]) -> tuple[float, dict[float, float]
 
     Returns:
         The best scale above 0, and scale → bits per byte of all that were measured.
+
+    Raises:
+        ValueError: no scale gives bits per byte that are finite.
     """
     tried = {scale: measure(scale) for scale in (0.0, 0.5, 1.0)}
     start, half, whole = tried.values()
-    bend = 2 * (start + whole - 2 * half)  # the loss is start + slope · s + bend · s²
-    slope = whole - start - bend
-    lowest = min(max(-slope / (2 * bend), _LEAST), _MOST) if bend > 0 else (_MOST if whole < start else _LEAST)
-    lowest = round(lowest, 2)
+    lowest = _LEAST
+    if all(map(math.isfinite, tried.values())):
+        bend = 2 * (start + whole - 2 * half)  # the loss is start + slope · s + bend · s²
+        slope = whole - start - bend
+        lowest = -slope / (2 * bend) if bend > 0 else math.inf if whole < start else -math.inf
+        lowest = round(min(max(lowest, _LEAST), _MOST), 2)
     if lowest not in tried:
         tried[lowest] = measure(lowest)
-    return min((s for s in tried if s), key=tried.__getitem__), tried
+    finite = {scale: bits for scale, bits in tried.items() if scale and math.isfinite(bits)}
+    if not finite:
+        raise ValueError(f"merge.scale: no merged model has finite bits per byte on the validation samples: {tried}")
+    return min(finite, key=finite.__getitem__), tried
 
 
 class _Tries:
-    """Merges with several scales, measured on samples; of their folders the best is kept.
+    """Merges with several scales, measured on samples; the best so far is kept, so that two at most are on disk.
 
     Args:
         samples: what is measured on; their domains weigh alike.
@@ -95,36 +104,45 @@ class _Tries:
 
     def __init__(self, config: Config, inputs: Mapping[str, Path], out: Artifact, samples: list[Sample]) -> None:
         self._config, self._inputs, self._out, self._samples = config, inputs, out, samples
-        self._reports: dict[float, list[TensorReport]] = {}
+        self._best: tuple[float, float, list[TensorReport]] | None = None  # bits per byte, scale, report
 
     def measure(self, scale: float) -> float:
         """Bits per byte, the mean over domains, of the merge with a scale."""
-        folder = self._inputs["pivot"]
+        folder, reports = self._inputs["pivot"], list[TensorReport]()
         if scale:
             folder = self._folder(scale)
-            self._reports[scale] = _merged(self._config, self._inputs, scale, folder)
+            reports = _merged(self._config, self._inputs, scale, folder)
         model = made_of(self._config.pivot, folder, f"scale-{scale:g}")
-        bits = bits_per_byte(model, folder, self._samples, self._config.release.batch_tokens)
-        return sum(bits.values()) / len(bits)
+        found = bits_per_byte(model, folder, self._samples, self._config.release.batch_tokens)
+        bits = sum(found.values()) / len(found)
+        bits = bits if math.isfinite(bits) else math.inf
+        if scale:
+            beaten = scale
+            if self._best is None or bits < self._best[0]:
+                beaten, self._best = self._best[1] if self._best else 0.0, (bits, scale, reports)
+            cluster.on_main(partial(shutil.rmtree, self._folder(beaten), ignore_errors=True))
+        return bits
 
-    def keep(self, scale: float) -> list[TensorReport]:
-        """Make one of them the result; the report of its tensors."""
+    def keep(self) -> list[TensorReport]:
+        """Make the best the result; the report of its tensors."""
+        assert self._best is not None
+        _, scale, reports = self._best
 
         def place() -> None:
             self._folder(scale).rename(self._out.folder / "model")
             shutil.rmtree(self._out.folder / "tries")
 
         cluster.on_main(place)
-        return self._reports[scale]
+        return reports
 
     def _folder(self, scale: float) -> Path:
         return self._out.folder / "tries" / f"{scale:g}"
 
 
 def _clear(out: Artifact) -> None:
-    """Take away what a run left that was cut off before its manifest."""
-    for name in ("model", "tries"):
-        shutil.rmtree(out.folder / name, ignore_errors=True)
+    """Take away what a run left that was cut off before its manifest, but for a merge that goes on."""
+    for folder in (out.folder / "model", *(out.folder / "tries").glob("[0-9]*")):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _merged(config: Config, inputs: Mapping[str, Path], scale: float, folder: Path) -> list[TensorReport]:

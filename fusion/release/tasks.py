@@ -10,10 +10,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from fusion import cluster, tracking
 from fusion.config import Model
 
 Score = tuple[float, float | None]  # and its standard error, where it has one
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads a task file without calling what it calls."""
+
+
+_Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
 
 
 def manager(tasks: Sequence[str]) -> Any:
@@ -31,8 +40,14 @@ def manager(tasks: Sequence[str]) -> Any:
     for file in files:
         if not Path(file).is_file():
             raise ValueError(f"--tasks: {file} is no file")
+        try:
+            holds = yaml.load(Path(file).read_text(), Loader=_Loader)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"--tasks: {file} cannot be read: {error}") from error
+        if not isinstance(holds, dict) or not {"task", "group", "include"} & set(holds):
+            raise ValueError(f"--tasks: {file} names no task")
     known = TaskManager(include_defaults=len(files) < len(tasks))  # reading all of the harness's own takes seconds
-    unknown = [task for task in tasks if task not in files and not known.match_tasks([task])]
+    unknown = [task for task in tasks if task not in files and task not in known.all_tasks]
     if unknown:
         raise ValueError(f"--tasks: {', '.join(unknown)}: no task, group or tag of lm-evaluation-harness has this name")
     return known
@@ -50,20 +65,23 @@ def scores(
 ) -> dict[str, dict[str, Score]]:
     """A model's scores on the tasks, shared out over all ranks.
 
+    Texts begin with a start token where the tokenizer says so, as the harness does it, so that scores are those that
+    others report.
+
     Args:
         known: a `manager` of them.
         folder: where the model is.
         fewshot: worked examples before each question; None, as many as a task says.
         limit: the first so many questions of each task.
         batch_size: questions at once.
-        chat: questions as turns of the model's own chat template.
+        chat: questions as turns of the model's own chat template, which it has to have.
 
     Returns:
         Task or group → metric and filter, as in `exact_match,strict` → value and standard error; on rank 0, and nothing
         on the others.
 
     Raises:
-        ValueError: a task that cannot be read, or data that cannot be had.
+        ValueError: a task that cannot be asked, or data that cannot be had.
     """
     import datasets
     import jinja2
@@ -74,7 +92,7 @@ def scores(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
-    tracking.say(f"tasks of {model.name}")
+    tracking.say(f"tasks of {model.model}")
     read = HFLM(
         pretrained=str(folder),
         tokenizer=str(folder),
@@ -82,7 +100,8 @@ def scores(
         dtype=cluster.precision(model.dtype),
         batch_size=batch_size,
     )
-    wrong = (KeyError, TypeError, AttributeError, ImportError, jinja2.TemplateError, datasets.exceptions.DatasetsError)
+    broken = (KeyError, TypeError, AttributeError, ImportError, AssertionError, IndexError, ZeroDivisionError)
+    wrong = (*broken, jinja2.TemplateError, datasets.exceptions.DatasetsError)
     try:
         with _without_bars():
             found = lm_eval.simple_evaluate(
@@ -95,7 +114,8 @@ def scores(
                 log_samples=False,
             )
     except wrong as error:  # what a task file with a mistake comes to
-        raise ValueError(f"--tasks: {type(error).__name__}: {error}") from error
+        asked = ", ".join(tasks)
+        raise ValueError(f"--tasks {asked}: cannot be asked: {type(error).__name__}: {error}") from error
     return {} if found is None else {name: _told(row) for name, row in found["results"].items()}
 
 
