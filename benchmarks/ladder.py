@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 SOURCES = {"math": "math-seedoss", "code": "code-neox", "prose": "prose-mistral"}
-RATES = (3e-4, 1e-3, 2e-3)
+RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
 BATCH = 16
 PIECE = 900  # bytes of a sample at most
 
@@ -46,7 +46,8 @@ class Rung:
 
     `settings`: what its config says beside what all say. `trains`: `control` for labels alone, `joint` for one target,
     `pairwise` for one a source. `merges`: name → the config's `merge`, for what is made of several targets. `times`:
-    how much more text than the others', passed over so much less often. `sources`: who teaches.
+    how much more text than the others', passed over so much less often. `sources`: who teaches. `begin`: the learning
+    rate that is tried first.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Rung:
     merges: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     times: float = 1.0
     sources: tuple[str, ...] = tuple(SOURCES)
+    begin: float = 1e-3
 
 
 def _as_published(procedure: str) -> dict[str, Any]:
@@ -95,8 +97,8 @@ MERGES |= {f"{name}, {AS_FAR}": {**MERGES[name], "scale": "auto"} for name in ("
 RUNGS = {
     r.name: r
     for r in (
-        Rung("labels", "label-only training", "control"),
-        Rung("labels-back", "label-only training, drawn back", "control", merges=DRAWN_BACK),
+        Rung("labels", "label-only training", "control", begin=2.5e-4),
+        Rung("labels-back", "label-only training, drawn back", "control", merges=DRAWN_BACK, begin=2.5e-4),
         Rung("fusellm", "FuseLLM as published", "joint", _as_published("fusellm")),
         Rung(
             "fusechat",
@@ -105,11 +107,13 @@ RUNGS = {
             _as_published("fusechat"),
             {"SCE as published": {"method": "sce", "parameters": {"tau": 0.1, "definition": "fuseai"}}},
         ),
+        Rung("joint-whole", "ours, joint, all of the update", "joint", _ours()),
         Rung("joint", "ours, joint", "joint", _ours(), DRAWN_BACK),
         Rung("pairwise", "ours, pairwise", "pairwise", _ours(), MERGES),
-        Rung("labels-2", "label-only, 2 times the text", "control", times=2.0),
-        Rung("labels-4", "label-only, 4 times the text", "control", times=4.0),
-        Rung("labels-10", "label-only, 10 times the text", "control", times=10.0),
+        *(
+            Rung(f"labels-{n}", f"label-only, {n} times the text", "control", {}, DRAWN_BACK, float(n), begin=5e-4)
+            for n in (2, 4, 10)
+        ),
         *(
             Rung(
                 f"joint-no-{left}", f"ours, joint, without {left}", "joint", _ours(), DRAWN_BACK, sources=_without(left)

@@ -146,7 +146,8 @@ class Lab:
         return self._bits(config, key).exists() and (self._solved(key).exists() or not self.questions)
 
     def _solved(self, key: str) -> Path:
-        return self.work / "solved" / f"{digest([key, self.questions])}.json"
+        how = [QUESTIONS.read_text(), QUESTIONS.with_suffix(".py").read_text()]
+        return self.work / "solved" / f"{digest([key, self.questions, how])}.json"
 
     def solved(self, folder: Path, key: str) -> float:
         """The share of GSM8K's first test questions that a model answers with the right number."""

@@ -13,19 +13,20 @@ DOMAINS = ("math", "code", "prose")
 
 
 def summed(regime: Regime, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A regime's lines, in the order of its rungs: the single targets of each chosen run, its merges, and itself.
+    """A regime's lines, in the order of its rungs: of a rung what does best on the half that chooses, at its best rate;
+    and at that rate its single targets and merges.
 
-    `bits`: domain, and `mean`, → (mean, spread) over seeds; `gain`: over the pivot; `times`: the gain as a multiple of
-    label-only training's.
+    `bits`: domain, and `mean`, → (mean, spread) over seeds; `choose`: the mean on the other half; `gain`: over the
+    pivot; `times`: the gain as a multiple of label-only training's, None where that has none.
     """
     chosen = [row for row in rows if row["regime"] == regime.name and row["chosen"]]
     lines: dict[str, list[dict[str, Any]]] = {}
     about: dict[str, str] = {}
     for row in chosen:
         models = row.get("models") or {}
-        told = {f"{row['rung']}/{name}": (f", {_kind(row, name)}", bits) for name, bits in models.items()}
+        told = {f"{row['rung']}/{name}": (f" · {_kind(row, name)}", bits) for name, bits in models.items()}
         told = told if len(models) > 1 else {}
-        told[row["rung"]] = (", the merge that does best on the other half" if told else "", {})
+        told[row["rung"]] = ("", {})
         for label, (kind, bits) in told.items():
             about[label] = row["about"] + kind
             lines.setdefault(label, []).append({**row, **bits})
@@ -35,26 +36,31 @@ def summed(regime: Regime, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any
         cost = {name: mean([run.get(name, 0) for run in runs]) for name in ("positions", "seconds", "cache_bytes")}
         if "solved" in runs[0]:
             cost["solved"] = mean([run["solved"] for run in runs])
-        found.append({"label": label, "about": about[label], "rate": runs[0].get("rate"), "bits": bits, **cost})
-    start = next(line for line in found if line["label"] == "pivot")["bits"]["mean"][0]
-    labels = next((line for line in found if line["label"] == "labels"), None)
+        same = {name: runs[0].get(name) for name in ("rung", "trains", "text", "rate")}
+        choose = mean([run["choose"]["mean"] for run in runs])
+        found.append({"label": label, "about": about[label], **same, "choose": choose, "bits": bits, **cost})
+    start = _bits(next(line for line in found if line["label"] == "pivot"))
+    of_labels = next((start - _bits(line) for line in found if line["label"] == "labels"), 0.0)
     for line in found:
-        line["gain"] = start - line["bits"]["mean"][0]
-        of_labels = start - labels["bits"]["mean"][0] if labels else 0.0
-        line["times"] = line["gain"] / of_labels if of_labels else float("nan")
+        line["gain"] = start - _bits(line)
+        line["times"] = line["gain"] / of_labels if of_labels > 0 else None
     return found
 
 
 def texts_needed(lines: Sequence[dict[str, Any]], bits: float) -> tuple[float, bool]:
     """How many times the text label-only training needs to come down to so many bits per byte, at the same steps.
 
-    Read off a line through its rungs, over the logarithm of their multiples.
+    Read off a line through the best of its rungs at each multiple, over the logarithm of these.
 
     Returns:
-        The multiple, and whether it is one: False where the largest rung is not enough, and it is that rung's.
+        The multiple, and whether it is one: False where the most text is not enough, and it is that of the most.
     """
-    rungs = [line for line in lines if line["label"].startswith("labels")]
-    known = sorted((float(line["label"].partition("-")[2] or 1), line["bits"]["mean"][0]) for line in rungs)
+    best: dict[float, dict[str, Any]] = {}
+    for line in lines:
+        if line["trains"] == "control" and line["label"] == line["rung"]:
+            text = float(line["text"])
+            best[text] = min(best.get(text, line), line, key=lambda told: told["choose"])
+    known = [(text, _bits(best[text])) for text in sorted(best)]
     if not known or bits >= known[0][1]:
         return 1.0, bool(known)
     for (before, high), (after, low) in pairwise(known):
@@ -82,17 +88,18 @@ def table(regime: Regime, rows: Sequence[dict[str, Any]]) -> None:
     for line in lines:
         bits = [f"{line['bits'][d][0]:.4f}" for d in (*DOMAINS, "mean")]
         rate = f"{line['rate']:g}" if line["rate"] else "–"
+        times = "–" if line["times"] is None else f"{line['times']:.2f}"
         cost = [f"{line['positions']:,.0f}", f"{line['seconds']:,.0f}", f"{line['cache_bytes'] / 1e6:,.1f}"]
-        told = [f"{line['bits']['mean'][1]:.4f}", f"{line['gain']:+.4f}", f"{line['times']:.2f}", rate]
+        told = [f"{line['bits']['mean'][1]:.4f}", f"{line['gain']:+.4f}", times, rate]
         cost += [f"{line['solved']:.1%}"] if asked else []
         shown.append([line["about"], *bits, *told, *cost])
     common.show(f"{regime.name}: {regime.about}", columns, shown)
-    if sum(line["label"].startswith("labels") for line in lines) > 1:
-        best = min((line for line in lines if line["label"].startswith(("joint", "pairwise"))), key=_bits, default=None)
-        if best is not None:
-            times, found = texts_needed(lines, _bits(best))
-            told = f"{times:.1f} times the text" if found else f"more than {times:g} times the text"
-            print(f"label-only training needs {told} to reach the best of ours ({best['about']}, {_bits(best):.4f})")
+    ours = [line for line in lines if line["label"] in ("joint", "pairwise")]
+    if ours and sum(line["trains"] == "control" for line in lines) > 1:
+        best = min(ours, key=lambda line: line["choose"])
+        times, found = texts_needed(lines, _bits(best))
+        told = f"{times:.1f} times the text" if found else f"more than {times:g} times the text"
+        print(f"label-only training needs {told} to reach {best['about']} ({_bits(best):.4f})")
 
 
 def _bits(line: dict[str, Any]) -> float:

@@ -11,6 +11,7 @@ Figures, with the config of each run, go to --json; the table's picture to --plo
 
 import argparse
 import logging
+import math
 import shutil
 import time
 import warnings
@@ -33,15 +34,27 @@ from fusion.release import tasks
 
 
 def climb(lab: Lab, regime: Regime, rung: Rung, rates: Sequence[float], seeds: int) -> list[dict[str, Any]]:
-    """All runs of a rung: its figures at each learning rate for the first seed, at the best one for the others."""
-    tried = [_run(lab, regime, rung, rate, 0) for rate in rates]
-    best = min(range(len(rates)), key=lambda n: tried[n]["choose"]["mean"])
-    chosen = [tried[best], *(_run(lab, regime, rung, rates[best], seed) for seed in range(1, seeds))]
-    for told in tried:
-        told["chosen"] = told is tried[best]
-    for told in chosen[1:]:
-        told["chosen"] = True
-    return [*tried, *chosen[1:]]
+    """All runs of a rung: the first seed at learning rates up and down until none is better, the others at that one."""
+    rates = sorted(rates)
+    tried: dict[int, dict[str, Any]] = {}
+
+    def bits(at: int) -> float:
+        if at not in tried:
+            tried[at] = _run(lab, regime, rung, rates[at], 0)
+        return float(tried[at]["choose"]["mean"])
+
+    best = min(range(len(rates)), key=lambda n: abs(math.log(rates[n] / rung.begin)))
+    for step in (1, -1):
+        while 0 <= best + step < len(rates) and bits(best + step) < bits(best):
+            best += step
+    bits(best)
+    if len(rates) > 1 and best in (0, len(rates) - 1):
+        tracking.say(f"{rung.about} does best at {rates[best]:g}, the last rate that may be tried: give more --rates")
+    others = [_run(lab, regime, rung, rates[best], seed) for seed in range(1, seeds)]
+    return [
+        *({**told, "chosen": at == best} for at, told in sorted(tried.items())),
+        *({**o, "chosen": True} for o in others),
+    ]
 
 
 def _run(lab: Lab, regime: Regime, rung: Rung, rate: float, seed: int) -> dict[str, Any]:
@@ -63,6 +76,8 @@ def _run(lab: Lab, regime: Regime, rung: Rung, rate: float, seed: int) -> dict[s
         "regime": regime.name,
         "rung": rung.name,
         "about": rung.about,
+        "trains": rung.trains,
+        "text": rung.times,
         "rate": rate,
         "seed": seed,
         **told,
@@ -148,7 +163,7 @@ def main() -> None:
         default=list(RUNGS),
         help=f"of these, and single changes to joint: {', '.join(TRIALS)}",
     )
-    parser.add_argument("--rates", nargs="+", type=float, default=list(RATES), help="learning rates to choose from")
+    parser.add_argument("--rates", nargs="+", type=float, default=list(RATES), help="learning rates it may take")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--questions", type=int, default=0, help="of GSM8K that every model is asked")
     parser.add_argument("--work", type=Path, default=Path("build/quality"), help="folder that keeps everything")
@@ -166,7 +181,7 @@ def main() -> None:
     regimes = [QUICK] if given.quick else [{**REGIMES, TRIAL.name: TRIAL}[name] for name in given.regimes]
     rates, seeds = ([QUICK_RATE], 1) if given.quick else (given.rates, given.seeds)
     if given.quick:
-        given.rungs = [name for name in given.rungs if RUNGS[name].times in (1, 10)]
+        given.rungs = [name for name in given.rungs if {**RUNGS, **TRIALS}[name].times in (1, 10)]
     _climb_all(given, regimes, rates, seeds)
 
 

@@ -62,7 +62,7 @@ def test_sums_over_seeds(ladder: Any) -> None:
     show = importlib.import_module("ladder_show")
 
     def bits(mean: float) -> dict[str, dict[str, float]]:
-        return {"report": {"math": mean, "code": mean, "prose": mean, "mean": mean}}
+        return {h: {"math": mean, "code": mean, "prose": mean, "mean": mean} for h in ("report", "choose")}
 
     def run(rung: str, mean: float, chosen: bool = True, **more: Any) -> dict[str, Any]:
         return {"regime": "quick", "rung": rung, "about": rung, "chosen": chosen, "rate": 1e-3, **bits(mean), **more}
@@ -75,13 +75,23 @@ def test_sums_over_seeds(ladder: Any) -> None:
     assert lines["labels"]["bits"]["mean"] == pytest.approx((2.25, 0.0707), abs=1e-4)
     assert lines["labels"]["gain"] == pytest.approx(0.15) and lines["labels"]["times"] == pytest.approx(1)
     assert lines["pairwise/average"]["times"] == pytest.approx(0.4 / 0.15)
-    assert lines["pairwise/a"]["about"] == "pairwise, target a"
+    worse = [run("pivot", 2.4), run("labels", 2.5), run("joint", 2.3)]
+    assert [line["times"] for line in show.summed(ladder.QUICK, worse)] == [None] * 3
+    assert lines["pairwise/a"]["about"] == "pairwise · target a"
+
+
+def _labels(label: str, bits: float, text: float) -> dict[str, Any]:
+    same = {"label": label, "rung": label, "trains": "control"}
+    return {**same, "text": text, "choose": bits, "bits": {"mean": (bits, 0.0)}}
 
 
 def test_text_that_label_only_training_needs(ladder: Any) -> None:
     show = importlib.import_module("ladder_show")
     labels = {"labels": 2.4, "labels-2": 2.3, "labels-10": 2.2}
-    lines = [{"label": name, "bits": {"mean": (bits, 0.0)}} for name, bits in labels.items()]
+    lines = [_labels(name, bits, float(name.partition("-")[2] or 1)) for name, bits in labels.items()]
+    lines.append(_labels("labels-back", 2.41, 1.0))  # not so good
+    lines.append({**_labels("labels-2/control", 2.0, 2.0), "rung": "labels-2"})
+    lines.append({**_labels("joint", 2.0, 1.0), "trains": "joint"})
     assert show.texts_needed(lines, 2.45) == (1.0, True)
     assert show.texts_needed(lines, 2.35) == pytest.approx((2**0.5, True))
     assert show.texts_needed(lines, 2.25) == pytest.approx((20**0.5, True))
@@ -109,3 +119,20 @@ def test_held_out_texts_are_halved_whole(ladder: Any) -> None:
     assert 70 < len(first) < 130
     assert {row["domain"] for row in halves if "math" in row["text"]} == {"choose-math", "report-math"}
     assert corpus.part(rows, 100, last=True)[0] not in corpus.part(rows, 100)
+
+
+def test_learning_rates_are_climbed_until_none_is_better(ladder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    quality = importlib.import_module("quality")
+    ran: list[tuple[float, int]] = []
+
+    def run(lab: Any, regime: Any, rung: Any, rate: float, seed: int) -> dict[str, Any]:
+        ran.append((rate, seed))
+        return {"rate": rate, "seed": seed, "choose": {"mean": abs(rate - 2e-3)}}
+
+    monkeypatch.setattr(quality, "_run", run)
+    rows = quality.climb(None, ladder.QUICK, ladder.RUNGS["labels"], ladder.RATES, 2)
+    assert ran == [(r, 0) for r in (5e-4, 2.5e-4, 1e-3, 2e-3, 4e-3)] + [(2e-3, 1)]
+    assert [(row["rate"], row["seed"]) for row in rows if row["chosen"]] == [(2e-3, 0), (2e-3, 1)]
+    ran.clear()
+    quality.climb(None, ladder.QUICK, ladder.RUNGS["joint"], [1e-3], 1)
+    assert ran == [(1e-3, 0)]
