@@ -37,4 +37,4 @@ check: install
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy fusion data_prep launch/fuse.py
-	@$(BIN)/mypy launch/merge.py launch/collect.py
+	@$(BIN)/mypy launch/merge.py launch/collect.py launch/evaluate.py
