@@ -54,11 +54,15 @@ class Lab:
         pivot = self.converged() if regime.converged else PIVOT
         return self._written(rung, regime, seed, rate, pivot, self._corpus(regime.share * rung.times))
 
+    def written(self, rung: Rung, regime: Regime, seed: int, rate: float) -> Path:
+        """Where the config of a run is written down."""
+        return self.work / "configs" / f"{regime.name}-{rung.name}-{seed}-{rate:g}.yaml"
+
     def _written(self, rung: Rung, regime: Regime, seed: int, rate: float, pivot: Path, corpus: Path) -> Config:
         heldout, out = self.work / "heldout.jsonl", self.work / "runs"
         ladder_corpus.write(heldout, self._halves)
         holds = ladder.tree(rung, regime, pivot, ZOO, corpus, heldout, out, seed, rate, DEEPSPEED)
-        path = self.work / "configs" / f"{regime.name}-{rung.name}-{seed}-{rate:g}.yaml"
+        path = self.written(rung, regime, seed, rate)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump(holds, sort_keys=False))
         return configs.load(path)

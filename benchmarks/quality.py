@@ -87,9 +87,7 @@ def _run(lab: Lab, regime: Regime, rung: Rung, rate: float, seed: int) -> dict[s
         "positions": sum(int(f["positions"]) for f in facts),
         "seconds": sum(float(f["seconds"]) for f in facts),
         "cache_bytes": 0 if rung.trains == "control" else lab.read_by(config),
-        "config": yaml.safe_load(
-            (lab.work / "configs" / f"{regime.name}-{rung.name}-{seed}-{rate:g}.yaml").read_text()
-        ),
+        "config": yaml.safe_load(lab.written(rung, regime, seed, rate).read_text()),
     }
 
 
@@ -99,7 +97,7 @@ def _merged(lab: Lab, config: Config, targets: dict[str, Artifact], settings: Ma
 
     def measure(scale: float) -> float:
         if not scale:
-            tried[scale] = _pivot(lab, config)
+            tried[scale] = _of_folder(lab, config, "pivot", Path(config.pivot.model))
         else:
             folder, key = lab.merged(config, targets, settings, scale)
             tried[scale] = _measured(lab, config, "merged", folder, key)
@@ -112,10 +110,6 @@ def _merged(lab: Lab, config: Config, targets: dict[str, Artifact], settings: Ma
         return tried[wanted]
     scale, _ = search(measure)
     return {**tried[scale], "scale": scale}
-
-
-def _pivot(lab: Lab, config: Config) -> dict[str, Any]:
-    return _of_folder(lab, config, "pivot", Path(config.pivot.model))
 
 
 def _of_folder(lab: Lab, config: Config, name: str, folder: Path) -> dict[str, Any]:
@@ -194,11 +188,8 @@ def _climb_all(given: argparse.Namespace, regimes: Sequence[Regime], rates: Sequ
     _quieten()
     cluster.start()
     try:
-        lab, rows, begun = (
-            Lab(given.work.resolve(), given.quick, given.questions),
-            list[dict[str, Any]](),
-            time.monotonic(),
-        )
+        lab = Lab(given.work.resolve(), given.quick, given.questions)
+        rows, begun = list[dict[str, Any]](), time.monotonic()
         asked = [{**RUNGS, **TRIALS}[name] for name in given.rungs]
         rungs = {r.name: [rung for rung in asked if lab.feeds(rung, r)] for r in regimes}
         for regime in regimes:
