@@ -108,20 +108,22 @@ class _Tries:
 
     def measure(self, scale: float) -> float:
         """Bits per byte, the mean over domains, of the merge with a scale."""
-        folder, reports = self._inputs["pivot"], list[TensorReport]()
-        if scale:
-            folder = self._folder(scale)
-            reports = _merged(self._config, self._inputs, scale, folder)
+        if not scale:
+            return self._bits(self._inputs["pivot"], scale)
+        reports = _merged(self._config, self._inputs, scale, self._folder(scale))
+        bits, before = self._bits(self._folder(scale), scale), self._best
+        if before is None or bits < before[0]:
+            self._best = (bits, scale, reports)
+        if before is not None:
+            beaten = scale if self._best is before else before[1]
+            cluster.on_main(partial(shutil.rmtree, self._folder(beaten)))
+        return bits
+
+    def _bits(self, folder: Path, scale: float) -> float:
         model = made_of(self._config.pivot, folder, f"scale-{scale:g}")
         found = bits_per_byte(model, folder, self._samples, self._config.release.batch_tokens)
         bits = sum(found.values()) / len(found)
-        bits = bits if math.isfinite(bits) else math.inf
-        if scale:
-            beaten = scale
-            if self._best is None or bits < self._best[0]:
-                beaten, self._best = self._best[1] if self._best else 0.0, (bits, scale, reports)
-            cluster.on_main(partial(shutil.rmtree, self._folder(beaten), ignore_errors=True))
-        return bits
+        return bits if math.isfinite(bits) else math.inf
 
     def keep(self) -> list[TensorReport]:
         """Make the best the result; the report of its tensors."""
