@@ -25,8 +25,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from fusion import cluster, pipeline
-from fusion import config as configs
+from fusion import cluster, config_file, pipeline
 from fusion.config import Distill
 from fusion.corpus import Corpus
 from fusion.distill.batch import Collator
@@ -358,7 +357,7 @@ def material(given: argparse.Namespace) -> tuple[FusionDataset, Path]:
     given.work.mkdir(parents=True, exist_ok=True)
     path = given.work / "config.yaml"
     path.write_text(json.dumps(tree))
-    config = configs.load(path)
+    config = config_file.load(path)
     pipeline.run(config, only=("prepare", "capture", "align"))
     task = next(t for t in pipeline.plan(config, pipeline.find(config)) if t.out.label == "distill/joint")
     renderer = Renderer(tokenizer, "pivot", "own")

@@ -140,6 +140,7 @@ TRIALS = {
             {"distill": {"freeze_embeddings": True}},
             DRAWN_BACK,
         ),
+        Rung("pairwise-teach", "ours, pairwise, pivot teaches", "pairwise", _ours(distill={"pivot": "teach"}), MERGES),
         _trial("frozen", "embeddings frozen", distill={"freeze_embeddings": True}),
         _trial("weight-0", "label weight 0", distill={"label_weight": 0.0}),
         _trial("weight-0.1", "label weight 0.1", distill={"label_weight": 0.1}),

@@ -12,8 +12,7 @@ import ladder_corpus
 import yaml
 from ladder import RUNGS, Regime, Rung
 
-from fusion import config as configs
-from fusion import pipeline, tracking
+from fusion import config_file, pipeline, tracking
 from fusion.artifact import Artifact, digest, read_manifest, write_json
 from fusion.config import Config, Model
 from fusion.corpus import Corpus
@@ -65,7 +64,7 @@ class Lab:
         path = self.written(rung, regime, seed, rate)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump(holds, sort_keys=False))
-        return configs.load(path)
+        return config_file.load(path)
 
     def _corpus(self, share: float) -> Path:
         """So much of the corpus; beyond all of it, with more text of the same kinds."""

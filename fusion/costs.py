@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from rich.table import Table
 
-from fusion import cluster, pipeline, sizes, tracking
+from fusion import cluster, config_file, pipeline, sizes, tracking
 from fusion.config import Config, Model
 from fusion.survey import Survey, dtype_of, parameters, states, survey
 
@@ -202,7 +202,7 @@ def _show_training(config: Config) -> None:
     pivot = parameters(config.pivot)
     if pivot is None:
         return
-    stage = pipeline.deepspeed_settings(config.distill.deepspeed).get("zero_optimization", {}).get("stage", 0)
+    stage = config_file.deepspeed(config.distill.deepspeed).get("zero_optimization", {}).get("stage", 0)
     tracking.say(
         f"training state of one target: {sizes.in_bytes(pivot * sum(sizes.STATE_BYTES.values()))} in all; under "
         f"ZeRO-{stage} on {sizes.NODE} devices {sizes.in_bytes(sizes.state_a_device(pivot, stage, sizes.NODE))} each, "

@@ -1,17 +1,17 @@
 """The stages in order: prepare → capture → align → distill → merge → release. The only file that knows them all."""
 
 import importlib
-import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fusion import cluster, hub, tracking
-from fusion.artifact import MANIFEST, Artifact, damage, digest, read_manifest, verify
+from fusion import cluster, config_file, hub, tracking
+from fusion import repair as fixing
+from fusion.artifact import MANIFEST, Artifact, digest, read_manifest, verify
 from fusion.config import SAMPLERS, Config, Model
 
 # stage → its module, and the number of its format: raised when the same settings no longer give the same bytes
@@ -80,7 +80,7 @@ def run(
         ValueError: anything that the user can mend, in one line.
     """
     if repair:
-        config = cluster.on_main(lambda: _readable(config))
+        config = cluster.on_main(lambda: fixing.readable(config))
     found = cluster.on_main(lambda: find(config))
     tasks = cluster.on_main(lambda: plan(config, found))
     trained = [task.out.subject for task in tasks if task.out.stage == "distill"]
@@ -93,7 +93,7 @@ def run(
         if (not only or s in only) and (start is None or list(STAGES).index(s) >= list(STAGES).index(start))
     ]
     if repair:
-        cluster.on_main(lambda: _repair([task.out for task in tasks if task.out.stage in wanted]))
+        cluster.on_main(lambda: fixing.mend([task.out for task in tasks if task.out.stage in wanted], stage))
     pending = cluster.on_main(lambda: {t.out.stage for t in tasks if not t.out.done()})
     for name in wanted:
         if name in pending and hasattr(stage(name), "check"):
@@ -147,65 +147,17 @@ def _do(config: Config, task: Task, checked: set[Path]) -> None:
     tracking.say(f"  {_brief(facts)}  [dim]{seconds:.1f} s[/dim]")
 
 
-def _repair(finished: Sequence[Artifact]) -> None:
-    """Make finished folders with damaged files unfinished ones that lack them."""
-    for out in finished:
-        if not (out.folder / MANIFEST).exists():
-            continue
-        try:
-            manifest = read_manifest(out.folder)
-        except ValueError as error:
-            tracking.say(f"{error}: its files are looked at one by one")
-            (out.folder / MANIFEST).unlink()
-            continue
-        broken = damage(out.folder, manifest["files"])
-        for name, how in broken.items():
-            tracking.say(f"{out.label}: {name} {how}: it is made again")
-            (out.folder / name).unlink(missing_ok=True)
-        if broken and hasattr(stage(out.stage), "repair"):
-            stage(out.stage).repair(out.folder, manifest["files"], set(broken))
-        if broken:
-            (out.folder / MANIFEST).unlink()
-
-
 def _admitted(config: Config, found: Found, prepared: Artifact, repair: bool, checked: set[Path]) -> Config:
-    """The config, without those of its caches that will not do where they are to be captured again."""
     if not prepared.done():
         raise ValueError("prepare is not finished and a stage that was asked for reads it; leave away --only or --from")
-    models = []
-    for m in (config.pivot, *config.sources):
-        try:
-            if m.cache is not None:
-                for name, how in damage(Path(m.cache), read_manifest(Path(m.cache))["files"]).items():
-                    raise ValueError(f"{Path(m.cache) / name}: {how}")
-                folder = found.folders[m.name]
-                weights = digest(found.prints[m.name]) if any(folder.glob("*.safetensors")) else None
-                stage("capture").admit(config, m, folder, weights, prepared.folder)
-                checked.add(Path(m.cache))
-        except ValueError as error:
-            if not repair:
-                raise ValueError(
-                    f"{error}; leave away its `cache`, or start with --repair, to capture it here"
-                ) from None
-            tracking.say(f"{error}: it is captured here")
-            m = replace(m, cache=None)
-        models.append(m)
-    return replace(config, pivot=models[0], sources=tuple(models[1:]))
 
+    def admit(m: Model) -> None:
+        folder = found.folders[m.name]
+        weights = digest(found.prints[m.name]) if any(folder.glob("*.safetensors")) else None
+        stage("capture").admit(config, m, folder, weights, prepared.folder)
+        checked.add(Path(str(m.cache)))
 
-def _readable(config: Config) -> Config:
-    """The config, without those of its caches that cannot be told from anything else."""
-
-    def known(m: Model) -> Model:
-        try:
-            if m.cache is not None:
-                read_manifest(Path(m.cache))
-            return m
-        except (ValueError, OSError) as error:
-            tracking.say(f"{m.name}: {error}: it is captured here")
-            return replace(m, cache=None)
-
-    return replace(config, pivot=known(config.pivot), sources=tuple(map(known, config.sources)))
+    return fixing.admitted(config, admit, repair)
 
 
 def _check_inputs(task: Task, checked: set[Path]) -> None:
@@ -340,20 +292,6 @@ def _settings(part: Any, *names: str) -> dict[str, Any]:
     return {k: v for k, v in told.items() if (k in names if names else k not in _IDLE)}
 
 
-def deepspeed_settings(path: str) -> dict[str, Any]:
-    """A DeepSpeed file.
-
-    Raises:
-        ValueError: it is missing or is no JSON object.
-    """
-    try:
-        return dict(json.loads(Path(path).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"distill.deepspeed: {path} cannot be read as JSON ({error}); configs/deepspeed holds examples"
-        ) from None
-
-
 def _optimizer(path: str) -> str:
     """Digest of a DeepSpeed file without its ZeRO section, which shards the same computation."""
-    return digest({k: v for k, v in deepspeed_settings(path).items() if k != "zero_optimization"})
+    return digest({k: v for k, v in config_file.deepspeed(path).items() if k != "zero_optimization"})

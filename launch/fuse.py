@@ -29,9 +29,9 @@ def main() -> int:
     locks: list[IO[str]] = []
     config = None
     try:
-        from fusion import config as configs
+        from fusion import config_file
 
-        config = configs.load(arguments.config, arguments.set)
+        config = config_file.load(arguments.config, arguments.set)
         if arguments.plan:
             from fusion import costs
 

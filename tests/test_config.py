@@ -7,7 +7,8 @@ from typing import Any, get_type_hints
 import pytest
 from tiny import ROOT
 
-from fusion.config import Config, Dataset, Lora, Model, load
+from fusion.config import Config, Dataset, Lora, Model
+from fusion.config_file import load
 
 BASE = """
 name: small

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from tiny import ROOT, write_lines
 
-from fusion import config as configs
+from fusion import config_file
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def test_every_rung_of_every_regime_is_a_config(ladder: Any, tmp_path: Path) -> 
         for rung in ladder.RUNGS.values():
             holds = ladder.tree(rung, regime, *places, 3, 1e-3, ROOT / "configs/deepspeed/zero0.json")
             (tmp_path / "c.yaml").write_text(yaml.safe_dump(holds))
-            config = configs.load(tmp_path / "c.yaml")
+            config = config_file.load(tmp_path / "c.yaml")
             assert config.seed == 3 and config.distill.epochs * rung.times == pytest.approx(regime.passes)
             assert (config.distill.topology == "pairwise") == (rung.trains == "pairwise")
             published = rung.name in ("fusellm", "fusechat")
@@ -105,7 +105,7 @@ def test_trials_and_rungs_without_a_source(ladder: Any, tmp_path: Path) -> None:
     for rung in (ladder.RUNGS["joint"], ladder.RUNGS["joint-no-math"], *ladder.TRIALS.values()):
         holds = ladder.tree(rung, ladder.TRIAL, *places, 0, 1e-3, ROOT / "configs/deepspeed/zero0.json")
         (tmp_path / "c.yaml").write_text(yaml.safe_dump({**holds, "name": "same"}))
-        loaded[rung.name] = configs.load(tmp_path / "c.yaml")
+        loaded[rung.name] = config_file.load(tmp_path / "c.yaml")
     assert [s.name for s in loaded["joint-no-math"].sources] == ["code", "prose"]
     assert len({repr(config) for config in loaded.values()}) == len(loaded)  # every trial changes something
     assert not set(ladder.TRIALS) & set(ladder.RUNGS)

@@ -300,9 +300,9 @@ def test_only_the_first_rank_plans(tmp_path: Path, tree: dict[str, Any], monkeyp
 
 def test_the_scale_config_is_what_docs_work_out() -> None:
     """docs/scale.md repeats these figures."""
-    from fusion import config as configs
+    from fusion import config_file
 
-    config = configs.load(tiny.ROOT / "configs/scale-70b.yaml")
+    config = config_file.load(tiny.ROOT / "configs/scale-70b.yaml")
     rows = {cost.label: cost for cost in costs.estimate(config)}
     captures = [cost for label, cost in rows.items() if label.startswith("capture/")]
     assert len(captures) == 7

@@ -17,7 +17,8 @@ import yaml
 from huggingface_hub.errors import OfflineModeIsEnabled
 from rich.console import Console
 
-from fusion import config as configs
+from fusion import config_file
+from fusion.config import Config
 from fusion.release.card import model_card
 from fusion.release.publish import publish
 from fusion.release.report import console_table, verdict, write_report
@@ -91,7 +92,7 @@ def summary(fused: Scored | None = None, *without: Role, **changes: Any) -> Summ
     return Summary(**{**told, **changes})
 
 
-def config(folder: Path, **changes: Any) -> configs.Config:
+def config(folder: Path, **changes: Any) -> Config:
     tree = {
         "name": "tiny",
         "pivot": {"model": "meta-llama/Llama-3.2-1B"},
@@ -101,7 +102,7 @@ def config(folder: Path, **changes: Any) -> configs.Config:
     }
     path = folder / "fusion.yaml"
     path.write_text(json.dumps(tree))  # JSON is YAML, and quotes every name
-    return configs.load(path)
+    return config_file.load(path)
 
 
 # the record

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from fusion import config as configs
+from fusion import config_file
 from fusion.artifact import Artifact
 from fusion.config import Config
 from fusion.records import Sample, sample_id
@@ -76,7 +76,7 @@ def write_config(path: Path, holds: Mapping[str, Any]) -> Path:
 
 def load(folder: Path, holds: Mapping[str, Any], *overrides: str) -> Config:
     """The config that a tree says, by way of a file."""
-    return configs.load(write_config(folder / "config.yaml", holds), overrides)
+    return config_file.load(write_config(folder / "config.yaml", holds), overrides)
 
 
 def free_port() -> int:
