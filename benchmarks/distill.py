@@ -9,18 +9,16 @@ with Llama 2's tokenizer first, under --work; that is done once.
 
 import argparse
 import json
-import resource
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import common
 import dense
+import distill_head
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -32,7 +30,7 @@ from fusion.distill.batch import Collator
 from fusion.distill.dataset import FusionDataset
 from fusion.distill.divergence import Objective
 from fusion.distill.gate import Gating
-from fusion.distill.loss import Shape, Targets, sparse_cross_entropy
+from fusion.distill.loss import Shape
 from fusion.distill.model import fuse_head, shape_of
 from fusion.distill.stage import teacher
 from fusion.distill.trainer import train
@@ -45,8 +43,6 @@ MODELS = {
     "cuda": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 20, "num_attention_heads": 16},
 }
 PARTS = ("memory", "step", "dense", "waiting")
-LABEL_WEIGHT = 0.5
-ENTRIES = 24
 
 
 def main() -> None:
@@ -64,11 +60,11 @@ def main() -> None:
     given = common.parsed(parser)
     size = tuple(given.size or SIZES[given.device])
     if given.child:
-        print(json.dumps(head_alone(given.child, given.device, size)))
+        print(json.dumps(distill_head.alone(given.child, given.device, size)))
         return
     figures: dict[str, Any] = {}
     if "memory" in given.only:
-        figures["memory"] = memory(given.device, size)
+        figures["memory"] = distill_head.memory(given.device, size)
     if "step" in given.only:
         figures["step"] = steps(given, ("labels", "fusion", "fusion, packed"))
     if "dense" in given.only:
@@ -76,74 +72,6 @@ def main() -> None:
     if "waiting" in given.only:
         figures["waiting"] = waiting(given)
     common.write(given.json, figures)
-
-
-# ---------------------------------------------------------------- head and loss alone
-
-
-def memory(device: str, size: Sequence[int]) -> list[dict[str, Any]]:
-    """Peak memory and time of head and loss, forward and backward, each way in a process of its own."""
-    rows = []
-    for way in ("dense", "labels", "fusion"):
-        command = [sys.executable, __file__, "--child", way, "--device", device, "--size", *map(str, size)]
-        rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-    base = rows[0]["bytes"]
-    common.show(
-        f"head and loss, {size[0]:,} tokens of width {size[1]:,}, {size[2]:,} ids, {device}",
-        ("way", "peak MB above inputs and weights", "of dense", "seconds"),
-        [[r["way"], r["bytes"] / 1e6, f"1/{base / r['bytes']:.1f}", r["seconds"]] for r in rows],
-    )
-    return rows
-
-
-def head_alone(way: str, device: str, size: Sequence[int]) -> dict[str, Any]:
-    """One way, on made-up hidden states: bytes at the peak above what was there before, and seconds of a second run."""
-    count, width, ids = size
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    draw = torch.Generator().manual_seed(0)
-    hidden = torch.randn(count, width, generator=draw).to(device, dtype).requires_grad_()
-    weight = (torch.randn(ids, width, generator=draw) / width**0.5).to(device, dtype).requires_grad_()
-    kept = torch.randint(0, ids // ENTRIES, (count, ENTRIES), generator=draw) + torch.arange(ENTRIES) * (ids // ENTRIES)
-    probs = torch.rand(count, ENTRIES, generator=draw)
-    probs = 0.9 * probs / probs.sum(-1, keepdim=True)
-    labels = torch.randint(0, ids, (count,), generator=draw)
-    told = Targets(labels, kept, probs, torch.full((count,), LABEL_WEIGHT))
-    told = Targets(*(getattr(told, name).to(device) for name in ("labels", "ids", "probs", "label_weight")))
-    step: dict[str, Callable[[], None]] = {
-        "fusion": lambda: sparse_cross_entropy(hidden, weight, None, told)[0].backward(),
-        "labels": lambda: torch.nn.functional.cross_entropy((hidden @ weight.T).float(), told.labels).backward(),
-        "dense": lambda: _dense(hidden, weight, told),
-    }
-    before, peak = _memory(device, reset=True), 0
-    times = []
-    for _ in range(2):
-        hidden.grad = weight.grad = None
-        start = time.monotonic()
-        step[way]()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.monotonic() - start)
-        peak = max(peak, _memory(device))
-    return {"way": way, "bytes": peak - before, "seconds": times[-1], "size": list(size), "device": device}
-
-
-def _dense(hidden: torch.Tensor, weight: torch.Tensor, told: Targets) -> None:
-    logits = (hidden @ weight.T)[None]
-    target = torch.zeros(logits.shape, dtype=torch.bfloat16, device=hidden.device)
-    target[0].scatter_(-1, told.ids, told.probs.to(target.dtype))
-    dense.loss(logits, told.labels[None], [target], [0], LABEL_WEIGHT).backward()
-
-
-def _memory(device: str, reset: bool = False) -> int:
-    if device == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
-            return torch.cuda.memory_allocated()
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-# ---------------------------------------------------------------- whole steps
 
 
 def steps(given: argparse.Namespace, ways: Sequence[str]) -> list[dict[str, Any]]:
@@ -272,7 +200,7 @@ class _Run:
             batch = self._collator([self._dataset[n] for n in chosen])
             self.building += time.monotonic() - start
             count = len(batch["labels"])
-            share = 1 - (1 - LABEL_WEIGHT) * batch.pop("confidence")
+            share = 1 - (1 - distill_head.LABEL_WEIGHT) * batch.pop("confidence")
             told = {k: v.to(self._device) for k, v in batch.items() if k not in ("teacher", "sample", "tokens")}
             total, _, _ = self.model(**told, label_weight=share.to(self._device))
             return total / count  # type: ignore[no-any-return]
@@ -293,7 +221,7 @@ class _Run:
             return self.model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss  # type: ignore[no-any-return]
         logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-        return dense.loss(logits, shifted, targets, [0] * len(chosen), LABEL_WEIGHT)
+        return dense.loss(logits, shifted, targets, [0] * len(chosen), distill_head.LABEL_WEIGHT)
 
     def _entries(self, chosen: list[int]) -> list[list[dense.Entries]]:
         """What the published caches hold: aligned entries of the pivot and of every source, at each position.
