@@ -1,7 +1,9 @@
 """Where the quality ladder trains, merges and measures, each thing once."""
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ from fusion.corpus import Corpus
 from fusion.measure import bits_per_byte
 from fusion.merge.engine import merge, plan
 from fusion.merge.recipe import MergeRecipe
-from fusion.merge.records import Lines
+from fusion.merge.scales import Scales, alike
+from fusion.merge.stage import scaled
 from fusion.records import Sample
 from fusion.release import tasks
 
@@ -47,6 +50,7 @@ class Lab:
         self._halves = ladder_corpus.halved(self._heldout, tuple(PIECES))
         self._more: ladder_corpus.Rows | None = None
         self._pieces: dict[str, list[Sample]] = {}
+        self._unmade: dict[Path, MergeRecipe] = {}
 
     def config(self, rung: Rung, regime: Regime, seed: int, rate: float) -> Config:
         """The config of a run, written down under `work`."""
@@ -99,21 +103,34 @@ class Lab:
             pipeline.run(config, only=["distill"], targets=sorted(wanted))
         return wanted
 
+    @contextmanager
     def merged(
-        self, config: Config, targets: dict[str, Artifact], settings: Mapping[str, Any], scale: float
-    ) -> tuple[Path, str]:
-        """So much of what targets come to by a config's `merge` settings: its folder, and a key of its weights."""
+        self, config: Config, targets: dict[str, Artifact], settings: Mapping[str, Any], scales: Scales
+    ) -> Iterator[tuple[Path, str]]:
+        """So much of what targets come to by a config's `merge` settings: a folder for it, and a key of its weights.
+
+        Merged where a figure of it is asked for and not known yet; gone afterwards.
+        """
         method, parameters = settings["method"], dict(settings.get("parameters", {}))
         models = tuple(str(target.folder / "model") for target in targets.values())
         recipe = MergeRecipe(method, config.pivot.model, models, parameters, "float32", seed=config.seed)
-        told = [method, parameters, [t.key for t in targets.values()], config.seed]
-        if scale != 1:
-            recipe, told = replace(recipe, lines=Lines(scale, 0.0)), [*told, scale]
+        told: list[Any] = [method, parameters, [t.key for t in targets.values()], config.seed]
+        if scales != alike(1):
+            told.append(scales.layers if scales == alike(scales.layers) else [scales.layers, scales.outside])
         key = digest(told)
         folder = self.work / "merged" / key
-        if not folder.exists() and not self._known(config, key):
-            merge(plan(recipe), folder)
-        return folder, key
+        self._unmade[folder] = scaled(recipe, scales)
+        try:
+            yield folder, key
+        finally:
+            del self._unmade[folder]
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _made(self, folder: Path) -> Path:
+        """A model's folder, merged now where that was put off."""
+        if folder in self._unmade and not folder.exists():
+            merge(plan(self._unmade[folder]), folder)
+        return folder
 
     def _tasks(self, config: Config) -> list[pipeline.Task]:
         return pipeline.plan(config, pipeline.find(config))
@@ -132,21 +149,16 @@ class Lab:
             return False
         return True
 
-    def bits(self, config: Config, name: str, folder: Path, key: str) -> dict[str, dict[str, float]]:
-        """A model's bits per byte, by half of the held-out texts and domain; `key` tells its weights."""
-        path = self._bits(config, key)
-        if not path.exists():
-            model, pieces = Model(str(folder), name), self._heldout_pieces(config)
-            write_json(path, {half: bits_per_byte(model, folder, those, 8192) for half, those in pieces.items()})
-        found: dict[str, dict[str, float]] = json.loads(path.read_text())
-        return found
-
-    def _bits(self, config: Config, key: str) -> Path:
-        asked = {half: [sample.id for sample in those] for half, those in self._heldout_pieces(config).items()}
-        return self.work / "measured" / f"{digest([key, asked])}.json"
-
-    def _known(self, config: Config, key: str) -> bool:
-        return self._bits(config, key).exists() and (self._solved(key).exists() or not self.questions)
+    def bits(self, config: Config, name: str, folder: Path, key: str, half: str) -> dict[str, float]:
+        """A model's bits per byte on one half of the held-out texts, by domain; `key` tells its weights."""
+        pieces = self._heldout_pieces(config)
+        asked = {half: [sample.id for sample in those] for half, those in pieces.items()}
+        path = self.work / "measured" / f"{digest([key, asked])}.json"
+        found: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
+        if half not in found:
+            found[half] = bits_per_byte(Model(str(folder), name), self._made(folder), pieces[half], 8192)
+            write_json(path, found)
+        return found[half]
 
     def _solved(self, key: str) -> Path:
         how = [QUESTIONS.read_text(), QUESTIONS.with_suffix(".py").read_text()]
@@ -157,7 +169,9 @@ class Lab:
         path = self._solved(key)
         if not path.exists():
             model, task = Model(str(folder), "model"), str(QUESTIONS)
-            found = tasks.scores(tasks.manager([task]), [task], model, folder, limit=self.questions, batch_size=32)
+            found = tasks.scores(
+                tasks.manager([task]), [task], model, self._made(folder), limit=self.questions, batch_size=32
+            )
             write_json(path, {"strict": found["gsm8k_shared"]["exact_match,strict"][0]})
         return float(json.loads(path.read_text())["strict"])
 

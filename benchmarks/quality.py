@@ -12,7 +12,6 @@ Figures, with the config of each run, go to --json; the table's picture to --plo
 import argparse
 import logging
 import math
-import shutil
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -24,12 +23,12 @@ import ladder
 import ladder_show
 import yaml
 from ladder import QUICK, QUICK_RATE, RATES, REGIMES, RUNGS, TRIAL, TRIALS, Regime, Rung
-from ladder_lab import QUESTIONS, ZOO, Lab
+from ladder_lab import PIECES, QUESTIONS, ZOO, Lab
 
 from fusion import cluster, hub, pipeline, tracking
 from fusion.artifact import Artifact, digest, read_manifest
 from fusion.config import Config
-from fusion.merge.stage import search
+from fusion.merge.scales import Scales, alike, search
 from fusion.release import tasks
 
 
@@ -93,23 +92,19 @@ def _run(lab: Lab, regime: Regime, rung: Rung, rate: float, seed: int) -> dict[s
 
 def _merged(lab: Lab, config: Config, targets: dict[str, Artifact], settings: Mapping[str, Any]) -> dict[str, Any]:
     """The figures of one merge, all of the update or as far as `merge.scale: auto` goes, by the half that chooses."""
-    tried: dict[float, dict[str, Any]] = {}
 
-    def measure(scale: float) -> float:
-        if not scale:
-            tried[scale] = _of_folder(lab, config, "pivot", Path(config.pivot.model))
-        else:
-            folder, key = lab.merged(config, targets, settings, scale)
-            tried[scale] = _measured(lab, config, "merged", folder, key)
-            shutil.rmtree(folder, ignore_errors=True)  # its figures are kept
-        return float(tried[scale]["choose"]["mean"])
+    def measure(scales: Scales) -> float:
+        if scales == alike(0):
+            of_pivot = _of_folder(lab, config, "pivot", Path(config.pivot.model))
+            return float(of_pivot["choose"]["mean"])
+        with lab.merged(config, targets, settings, scales) as (folder, key):
+            return _mean(lab.bits(config, "merged", folder, key, "choose"))
 
     wanted = settings.get("scale", 1.0)
-    if wanted != "auto":
-        measure(wanted)
-        return tried[wanted]
-    scale, _ = search(measure)
-    return {**tried[scale], "scale": scale}
+    scales = search(measure)[0] if wanted == "auto" else alike(wanted)
+    with lab.merged(config, targets, settings, scales) as (folder, key):
+        told = _measured(lab, config, "merged", folder, key)
+    return {**told, "scale": [scales.layers, scales.outside]}
 
 
 def _of_folder(lab: Lab, config: Config, name: str, folder: Path) -> dict[str, Any]:
@@ -117,9 +112,15 @@ def _of_folder(lab: Lab, config: Config, name: str, folder: Path) -> dict[str, A
 
 
 def _measured(lab: Lab, config: Config, name: str, folder: Path, key: str) -> dict[str, Any]:
-    found = lab.bits(config, name, folder, key)
-    told: dict[str, Any] = {half: {**bits, "mean": sum(bits.values()) / len(bits)} for half, bits in found.items()}
+    told: dict[str, Any] = {}
+    for half in PIECES:
+        bits = lab.bits(config, name, folder, key, half)
+        told[half] = {**bits, "mean": _mean(bits)}
     return told | ({"solved": lab.solved(folder, key)} if lab.questions else {})
+
+
+def _mean(bits: Mapping[str, float]) -> float:
+    return sum(bits.values()) / len(bits)
 
 
 def untrained(lab: Lab, regime: Regime) -> list[dict[str, Any]]:

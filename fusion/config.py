@@ -209,8 +209,8 @@ class Merge:
     method: Name = "sce"
     parameters: dict[str, float | int | bool | str | list[float]] = field(default_factory=dict)
     dtype: Literal["bfloat16", "float16", "float32"] | None = None  # None: the targets' own
-    # how far from the pivot to go along the merged update, 1: all of it; auto: so far as the validation samples say,
-    # all of it where there are none
+    # how far from the pivot to go along the merged update, 1: all of it; auto: so far as the validation samples say, in
+    # the layers and outside of them; all of it where there are none
     scale: float | str = "auto"
 
     def __post_init__(self) -> None:

@@ -176,6 +176,7 @@ def test_what_is_no_setting_is_refused(setting: Any) -> None:
 def test_lines_scale() -> None:
     assert [scale(0.25, 0.75, layer, 4) for layer in (None, 0, 1, 2, 3)] == [0.25, 0.25, 0.5, 0.75, 1.0]
     assert scale(0.25, 0.75, 0, 1) == 0.25
+    assert [scale(0.5, 0.5, layer, 3, 0.0) for layer in (None, 0, 2)] == [0.0, 0.5, 1.0]
 
 
 def merge_kit(method: str, **content: Any) -> MergeRecipe:
@@ -427,7 +428,8 @@ OURS = [
     ("statistics: s", "statistics: 's' must be a list of folders, one for each model"),
     ("statistics: [base]", "statistics: 1 folders for 2 models; give one for each model"),
     ("statistics: [s, base]", "statistics: 's' is no folder; name the one that"),
-    ("lines: {gamma: 1}", "lines: 'gamma' not supported; known are alpha, beta"),
+    ("lines: {gamma: 1}", "lines: 'gamma' not supported; known are alpha, beta, outside"),
+    ("lines: {outside: all}", "lines: outside: 'all' must be a finite number"),
     ("lines: {alpha: .inf}", "lines: alpha: inf must be a finite number"),
     ("{method: linear, base: , lines: {alpha: 1}}", "lines: needs a base, the model that the others were trained from"),
     ("{method: linear, base: , output: {kind: task_vector}}", "output: needs a base, the model that the others"),

@@ -16,7 +16,7 @@ from fusion.config import Config, Dataset, Distill, Merge, Model, Prepare
 from fusion.corpus import Corpus, write_samples
 from fusion.measure import bits_per_byte
 from fusion.merge import stage
-from fusion.merge.stage import search
+from fusion.merge.scales import Scales, alike, search
 
 
 @pytest.mark.parametrize(
@@ -33,23 +33,34 @@ from fusion.merge.stage import search
         (2.0, 1.0, -0.1, 0.1),
     ],
 )
-def test_the_least_of_a_parabola(start: float, slope: float, bend: float, found: float) -> None:
-    scale, tried = search(lambda s: start + slope * s + bend * s * s)
-    assert scale == found and {0.0, 0.5, 1.0, found} == set(tried)
+def test_the_least_of_a_parabola_for_all_weights_alike(start: float, slope: float, bend: float, found: float) -> None:
+    scales, tried = search(lambda s: start + slope * (mean := (s.layers + s.outside) / 2) + bend * mean * mean)
+    assert {alike(s) for s in (0.0, 0.5, 1.0, found)} <= set(tried) and len(tried) <= 10
+    assert tried[scales] <= tried[alike(found)]
+
+
+def test_layers_and_what_is_outside_of_them_go_as_far_as_suits_each() -> None:
+    scales, tried = search(lambda s: 2 + (s.layers - 0.9) ** 2 + 2 * (s.outside - 0.6) ** 2)
+    assert scales == Scales(0.9, 0.6) and len(tried) == 10
+    assert list(tried)[:4] == [alike(0.0), alike(0.5), alike(1.0), alike(0.7)]
 
 
 def test_what_is_measured_decides_where_the_loss_is_no_parabola() -> None:
     losses = {0.0: 2.0, 0.5: 1.9, 1.0: 1.95, 0.58: 1.91}
-    scale, tried = search(lambda s: losses[s])
-    assert scale == 0.5 and tried == losses
+    scales, tried = search(lambda s: losses[s.layers] if s == alike(s.layers) else 1.99)
+    assert scales == alike(0.5) and {alike(s): bits for s, bits in losses.items()}.items() <= tried.items()
 
 
 def test_a_figure_that_is_no_number_never_wins() -> None:
     nan, inf = float("nan"), float("inf")
-    assert search(lambda s: {0.0: 2.0, 0.5: nan, 1.0: 1.9, 0.1: 1.95}[s])[0] == 1.0
-    assert search(lambda s: {0.0: 2.0, 0.5: 2.1, 1.0: inf, 0.1: 2.05}[s])[0] == 0.1
-    with pytest.raises(ValueError, match=r"^merge\.scale: no merged model has finite bits"):
-        search(lambda s: inf if s else 2.0)
+
+    def told(losses: dict[float, float]) -> Scales:
+        return search(lambda s: losses[s.layers] if s == alike(s.layers) else nan)[0]
+
+    assert told({0.0: 2.0, 0.5: nan, 1.0: 1.9, 0.1: 1.95}) == alike(1.0)
+    assert told({0.0: 2.0, 0.5: 2.1, 1.0: inf, 0.1: 2.05}) == alike(0.1)
+    with pytest.raises(ValueError, match=r"^merge\.scale: no merged model has finite bits .*'0.5': inf"):
+        search(lambda s: 2.0 if s == alike(0) else inf)
 
 
 @pytest.mark.parametrize("scale", [0, -1, 5, "half", True, float("nan"), [0.5]])
@@ -106,21 +117,23 @@ def run(
 def test_validation_samples_choose_the_scale(models: Any, tmp_path: Path, method: str) -> None:
     parameters: dict[str, Any] = {"tau": 1.0} if method == "sce" else {}
     facts, out = run(models, tmp_path / "auto", Merge(method, parameters))
-    tried = facts["bits by scale"]
-    assert {0.0, 0.5, 1.0} < set(tried) and 0.1 < facts["scale"] < 1
-    assert min(tried, key=tried.__getitem__) == facts["scale"]
+    tried = {Scales(layers, outside): bits for layers, outside, bits in facts["bits by scale"]}
+    chosen = Scales(facts["scale"], facts["scale outside of layers"])
+    assert {alike(s) for s in (0.0, 0.5, 1.0)} < set(tried) and 0.1 < chosen.outside < 1
+    assert min(tried, key=tried.__getitem__) == chosen
     model = Model(str(out / "model"), "fused", dtype="float32")
     bits = bits_per_byte(model, out / "model", list(Corpus(models[2], "validation")), 4096)
-    assert sum(bits.values()) / len(bits) == pytest.approx(tried[facts["scale"]], rel=1e-6)
+    assert sum(bits.values()) / len(bits) == pytest.approx(tried[chosen], rel=1e-6)
     assert sorted(path.name for path in out.iterdir()) == ["model"]  # what was tried is gone
-    given, again = run(models, tmp_path / "given", Merge(method, parameters, scale=facts["scale"]))
-    assert "bits by scale" not in given and given["scale"] == facts["scale"]
+    given, again = run(models, tmp_path / "given", Merge(method, parameters, scale=0.625))
+    assert "bits by scale" not in given and given["scale"] == given["scale outside of layers"] == 0.625
     name = "model/model.safetensors"
-    assert (again / name).read_bytes() == (out / name).read_bytes()
-    start, end = (load_file(path) for path in (models[0] / "model.safetensors", again / name))
+    start, auto, end = (load_file(path) for path in (models[0] / "model.safetensors", out / name, again / name))
     whole = load_file(run(models, tmp_path / "whole", Merge(method, parameters, scale=1.0))[1] / name)
-    for key, weight in end.items():
-        torch.testing.assert_close(weight, start[key] + facts["scale"] * (whole[key] - start[key]))
+    for key, weight in whole.items():
+        far = chosen.layers if ".layers." in key else chosen.outside
+        torch.testing.assert_close(auto[key], start[key] + far * (weight - start[key]))
+        torch.testing.assert_close(end[key], start[key] + 0.625 * (weight - start[key]))
     json.dumps(facts)
 
 

@@ -382,8 +382,10 @@ def test_card_tells_what_is_needed(tmp_path: Path) -> None:
     assert verdict(summary()) in card
     assert "| merge | sce, select\\_topk 0.2 |" in card
     assert "| kept of each source | random, draws 50, temperature 1.0 |" in card
-    drawn_back = replace(summary(), merge=replace(summary().merge, scale=0.6))
+    drawn_back = replace(summary(), merge=replace(summary().merge, scale=0.6, outside=0.6))
     assert "| merge | sce, select\\_topk 0.2, 0.6 of the update |" in model_card(drawn_back, config(tmp_path))
+    apart = replace(summary(), merge=replace(summary().merge, scale=0.6, outside=0.4))
+    assert "0.6 of the layers' update and 0.4 of the others' |" in model_card(apart, config(tmp_path))
     assert "[Qwen/Qwen3-4B](https://huggingface.co/Qwen/Qwen3-4B)" in card
     for paper in ("2401.10491", "2402.16107", "2408.07990"):
         assert paper in card

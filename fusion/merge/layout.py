@@ -238,7 +238,9 @@ class _Plan:
             order=group.order,
             layer=row.layer,
             layers=row.layers,
-            scale=1.0 if recipe.lines is None else scale(recipe.lines.alpha, recipe.lines.beta, row.layer, row.layers),
+            scale=1.0
+            if (own := recipe.lines) is None
+            else scale(own.alpha, own.beta, row.layer, row.layers, own.outside),
         )
 
     def _parameters(self, method: Method, given: Mapping[str, Any], models: int) -> Any:

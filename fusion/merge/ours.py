@@ -175,8 +175,8 @@ def _lines(value: Any) -> Lines | None:
     if value is None:
         return None
     content = mapping("lines", value)
-    refuse_unknown(content, ("alpha", "beta"), "lines: ")
-    return Lines(content.get("alpha", 1.0), content.get("beta", 0.0))
+    refuse_unknown(content, ("alpha", "beta", "outside"), "lines: ")
+    return Lines(content.get("alpha", 1.0), content.get("beta", 0.0), content.get("outside"))
 
 
 def _output(value: Any) -> Output:

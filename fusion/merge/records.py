@@ -13,14 +13,16 @@ DTYPE_NAMES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Lines:
-    """LiNeS: the update of layer l of L is multiplied by alpha + beta · l / (L − 1); outside of layers by alpha."""
+    """LiNeS: the update of layer l of L is multiplied by alpha + beta · l / (L − 1); outside of layers by `outside`, or
+    by alpha where that is None."""
 
     alpha: float
     beta: float
+    outside: float | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("alpha", self.alpha), ("beta", self.beta)):
-            if not is_number(value):
+        for name, value in (("alpha", self.alpha), ("beta", self.beta), ("outside", self.outside)):
+            if not is_number(value) and not (name == "outside" and value is None):
                 raise ValueError(f"lines: {name}: {value!r} must be a finite number")
 
 

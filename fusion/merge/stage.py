@@ -3,7 +3,7 @@
 import math
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,10 +19,10 @@ from fusion.merge.methods import get_method
 from fusion.merge.pools import TensorReport
 from fusion.merge.recipe import MergeRecipe
 from fusion.merge.records import Lines
+from fusion.merge.scales import Scales, alike, search
 from fusion.records import Sample
 
 _MB = 1_000_000
-_LEAST, _MOST = 0.1, 2.0  # of the scales that are tried
 
 
 def recipe(config: Config, inputs: Mapping[str, Path]) -> MergeRecipe:
@@ -45,7 +45,7 @@ def check(config: Config) -> None:
 def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, Any]:
     """Write the fused checkpoint as a Hugging Face folder `model/`; every rank takes part.
 
-    With `scale: auto`, `inputs` holds `prepare` too, whose validation samples choose the scale.
+    With `scale: auto`, `inputs` holds `prepare` too, whose validation samples choose the scales.
 
     Raises:
         ValueError: an unknown method or parameter, or targets whose tensors are not the base's.
@@ -54,45 +54,15 @@ def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, 
     wanted = config.merge.scale
     samples = list(Corpus(inputs["prepare"], "validation")) if wanted == "auto" else []
     if not samples:
-        scale, tried = 1.0 if wanted == "auto" else float(wanted), dict[float, float]()
-        reports = _merged(config, inputs, scale, out.folder / "model")
+        scales, tried = alike(1.0 if wanted == "auto" else float(wanted)), dict[Scales, float]()
+        reports = _merged(config, inputs, scales, out.folder / "model")
     else:
         tries = _Tries(config, inputs, out, samples)
-        scale, tried = search(tries.measure)
+        scales, tried = search(tries.measure)
         reports = tries.keep()
-    facts, finite = _facts(config, inputs, reports), {s: bits for s, bits in tried.items() if math.isfinite(bits)}
-    return {**facts, "scale": scale, **({"bits by scale": finite} if finite else {})}
-
-
-def search(measure: Callable[[float], float]) -> tuple[float, dict[float, float]]:
-    """The scale of the merged update that measures best: of a half, the whole, and where a parabola says the least is.
-
-    The loss along the line from one model to another that was trained from it is nearly a parabola (as where Wortsman
-    et al. 2109.01903 interpolate them), which three points give: the pivot's, half way and the whole.
-
-    Args:
-        measure: scale → bits per byte; 0 is the pivot.
-
-    Returns:
-        The best scale above 0, and scale → bits per byte of all that were measured.
-
-    Raises:
-        ValueError: no scale gives bits per byte that are finite.
-    """
-    tried = {scale: measure(scale) for scale in (0.0, 0.5, 1.0)}
-    start, half, whole = tried.values()
-    lowest = _LEAST
-    if all(map(math.isfinite, tried.values())):
-        bend = 2 * (start + whole - 2 * half)  # the loss is start + slope · s + bend · s²
-        slope = whole - start - bend
-        lowest = -slope / (2 * bend) if bend > 0 else math.inf if whole < start else -math.inf
-        lowest = round(min(max(lowest, _LEAST), _MOST), 2)
-    if lowest not in tried:
-        tried[lowest] = measure(lowest)
-    finite = {scale: bits for scale, bits in tried.items() if scale and math.isfinite(bits)}
-    if not finite:
-        raise ValueError(f"merge.scale: no merged model has finite bits per byte on the validation samples: {tried}")
-    return min(finite, key=finite.__getitem__), tried
+    finite = [[s.layers, s.outside, bits] for s, bits in tried.items() if math.isfinite(bits)]
+    told = {"scale": scales.layers, "scale outside of layers": scales.outside}
+    return {**_facts(config, inputs, reports), **told, **({"bits by scale": finite} if finite else {})}
 
 
 class _Tries:
@@ -104,23 +74,23 @@ class _Tries:
 
     def __init__(self, config: Config, inputs: Mapping[str, Path], out: Artifact, samples: list[Sample]) -> None:
         self._config, self._inputs, self._out, self._samples = config, inputs, out, samples
-        self._best: tuple[float, float, list[TensorReport]] | None = None  # bits per byte, scale, report
+        self._best: tuple[float, Scales, list[TensorReport]] | None = None  # bits per byte, scales, report
 
-    def measure(self, scale: float) -> float:
-        """Bits per byte, the mean over domains, of the merge with a scale."""
-        if not scale:
-            return self._bits(self._inputs["pivot"], scale)
-        reports = _merged(self._config, self._inputs, scale, self._folder(scale))
-        bits, before = self._bits(self._folder(scale), scale), self._best
+    def measure(self, scales: Scales) -> float:
+        """Bits per byte, the mean over domains, of the merge with some scales."""
+        if scales == alike(0):
+            return self._bits(self._inputs["pivot"], scales)
+        reports = _merged(self._config, self._inputs, scales, self._folder(scales))
+        bits, before = self._bits(self._folder(scales), scales), self._best
         if before is None or bits < before[0]:
-            self._best = (bits, scale, reports)
+            self._best = (bits, scales, reports)
         if before is not None:
-            beaten = scale if self._best is before else before[1]
+            beaten = scales if self._best is before else before[1]
             cluster.on_main(partial(shutil.rmtree, self._folder(beaten)))
         return bits
 
-    def _bits(self, folder: Path, scale: float) -> float:
-        model = made_of(self._config.pivot, folder, f"scale-{scale:g}")
+    def _bits(self, folder: Path, scales: Scales) -> float:
+        model = made_of(self._config.pivot, folder, f"scale-{_short(scales)}")
         found = bits_per_byte(model, folder, self._samples, self._config.release.batch_tokens)
         bits = sum(found.values()) / len(found)
         return bits if math.isfinite(bits) else math.inf
@@ -128,17 +98,26 @@ class _Tries:
     def keep(self) -> list[TensorReport]:
         """Make the best the result; the report of its tensors."""
         assert self._best is not None
-        _, scale, reports = self._best
+        _, scales, reports = self._best
 
         def place() -> None:
-            self._folder(scale).rename(self._out.folder / "model")
+            self._folder(scales).rename(self._out.folder / "model")
             shutil.rmtree(self._out.folder / "tries")
 
         cluster.on_main(place)
         return reports
 
-    def _folder(self, scale: float) -> Path:
-        return self._out.folder / "tries" / f"{scale:g}"
+    def _folder(self, scales: Scales) -> Path:
+        return self._out.folder / "tries" / _short(scales)
+
+
+def scaled(whole: MergeRecipe, scales: Scales) -> MergeRecipe:
+    """A recipe with so much of its update."""
+    return whole if scales == alike(1) else replace(whole, lines=Lines(scales.layers, 0.0, scales.outside))
+
+
+def _short(scales: Scales) -> str:
+    return f"{scales.layers:g}-{scales.outside:g}"
 
 
 def _clear(out: Artifact) -> None:
@@ -147,9 +126,8 @@ def _clear(out: Artifact) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _merged(config: Config, inputs: Mapping[str, Path], scale: float, folder: Path) -> list[TensorReport]:
-    asked = recipe(config, inputs)
-    planned = plan(asked if scale == 1 else replace(asked, lines=Lines(scale, 0.0)))
+def _merged(config: Config, inputs: Mapping[str, Path], scales: Scales, folder: Path) -> list[TensorReport]:
+    planned = plan(scaled(recipe(config, inputs), scales))
     with tracking.bar("merge, MB", planned.bytes_to_read // _MB) as bar:
         return merge(planned, folder, on_bytes=_Megabytes(bar))
 

@@ -114,7 +114,7 @@ _PIVOT = {"teach": "teaches where it is best", "gate": "silences where it is bes
 def _settings(summary: Summary, config: Config) -> str:
     capture, distill, merge = config.capture, config.distill, summary.merge
     sampled = SAMPLERS[capture.sampler]
-    scaled = [f"{merge.scale:g} of the update"] if merge.scale != 1 else []
+    scaled = [merge.far] if merge.far else []
     told = {
         "kept of each source": ", ".join([capture.sampler, *(f"{k} {getattr(capture, k)}" for k in sampled)]),
         "vocabulary map": _map(config.align),

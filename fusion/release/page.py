@@ -168,7 +168,7 @@ tokens, beside the source's own over the same bytes.</p>
 <h2>Merge</h2>
 <p>Method <b>{{ s.merge.method }}</b>
 {%- for k, v in s.merge.parameters.items() %}, {{ k }} {{ v }}{% endfor %}
-{%- if s.merge.scale != 1 %}, {{ "%g"|format(s.merge.scale) }} of the update{% endif %};
+{%- if s.merge.far %}, {{ s.merge.far }}{% endif %};
 targets {{ s.merge.names | join(", ") }}.</p>
 {% call plot("merge") %}For each target, by layer and by kind of tensor: its coefficient in the merge, and how
 far training moved it from the pivot. Means over tensors; "none": not moved.{% endcall %}

@@ -70,7 +70,7 @@ class MergeFacts:
         names: the targets.
         coefficients: (tensor name, coefficient of each target); empty where a tensor was copied.
         updates: (tensor name, mean squared update of each target); empty where there was no base.
-        scale: of the merged update.
+        scale, outside: of the merged update, in the layers and outside of them (embeddings, head, last norm).
     """
 
     method: str
@@ -79,11 +79,19 @@ class MergeFacts:
     coefficients: tuple[tuple[str, tuple[float, ...]], ...] = ()
     updates: tuple[tuple[str, tuple[float, ...]], ...] = ()
     scale: float = 1.0
+    outside: float = 1.0
 
     def __post_init__(self) -> None:
         for tensor, values in (*self.coefficients, *self.updates):
             if len(values) not in (0, len(self.names)):
                 raise ValueError(f"{tensor}: {len(values)} values for {len(self.names)} targets {self.names}")
+
+    @property
+    def far(self) -> str:
+        """How much of the update was taken, in words; empty for all of it."""
+        if self.scale == self.outside:
+            return "" if self.scale == 1 else f"{self.scale:g} of the update"
+        return f"{self.scale:g} of the layers' update and {self.outside:g} of the others'"
 
 
 @dataclass(frozen=True)
