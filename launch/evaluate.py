@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -84,21 +85,21 @@ def _measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     cluster.start()
     try:
         for model, folder in zip(models, folders, strict=True):
-            tracker = _tracker(arguments, model.model)
-            row: dict[str, Any] = {"model": model.model, "settings": _settings(arguments)}
-            if samples:
-                bits = bits_per_byte(model, folder, samples, arguments.batch_tokens)
-                row |= {"bits_per_byte": bits, "mean": sum(bits.values()) / len(bits)}
-                _write(arguments, [*rows, row])  # what was measured stays, whatever comes next
-            if known is not None:
-                found = tasks.scores(known, arguments.tasks, model, folder, *asked)
-                row["tasks"] = {
-                    task: {metric: {"value": value, "stderr": error} for metric, (value, error) in metrics.items()}
-                    for task, metrics in found.items()
-                }
-            rows.append(row)
-            _write(arguments, rows)
-            _track(tracker, row)
+            with closing(_tracker(arguments, model.model)) as tracker:
+                row: dict[str, Any] = {"model": model.model, "settings": _settings(arguments)}
+                if samples:
+                    bits = bits_per_byte(model, folder, samples, arguments.batch_tokens)
+                    row |= {"bits_per_byte": bits, "mean": sum(bits.values()) / len(bits)}
+                    _write(arguments, [*rows, row])  # what was measured stays, whatever comes next
+                if known is not None:
+                    found = tasks.scores(known, arguments.tasks, model, folder, *asked)
+                    row["tasks"] = {
+                        task: {metric: {"value": value, "stderr": error} for metric, (value, error) in metrics.items()}
+                        for task, metrics in found.items()
+                    }
+                rows.append(row)
+                _write(arguments, rows)
+                tracker.log(_tracked(row))
         _show(rows)
     except KeyboardInterrupt:
         tracking.say(f"interrupted after {len(rows)} of {len(models)} models")
@@ -158,13 +159,12 @@ def _tracker(arguments: argparse.Namespace, model: str) -> Any:
     return Tracker.of(settings, model, "evaluate", Path("runs/evaluate"), _settings(arguments))
 
 
-def _track(tracker: Any, row: dict[str, Any]) -> None:
+def _tracked(row: dict[str, Any]) -> dict[str, float]:
     told = {f"bits per byte/{domain}": bits for domain, bits in row.get("bits_per_byte", {}).items()}
     told |= {"bits per byte": row["mean"]} if "mean" in row else {}
     for task, metrics in row.get("tasks", {}).items():
         told |= {f"{task}/{metric}": score["value"] for metric, score in metrics.items()}
-    tracker.log(told)
-    tracker.close()
+    return told
 
 
 def _show(rows: list[dict[str, Any]]) -> None:
