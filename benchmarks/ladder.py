@@ -36,6 +36,7 @@ REGIMES = {
     )
 }
 TRIAL = Regime("trial", "5 % of the corpus, 12 passes", 0.05, 12)  # where settings are tried, at a third of the time
+LEAST = Regime("least", "1.7 % of the corpus, 12 passes", 0.05 / 3, 12)  # with trial and small-12 a curve over tokens
 QUICK = Regime("quick", "3 % of the corpus, 3 passes", 0.03, 3)
 QUICK_RATE = 3e-4
 

@@ -102,6 +102,37 @@ def table(regime: Regime, rows: Sequence[dict[str, Any]]) -> None:
         print(f"label-only training needs {told} to reach {best['about']} ({_bits(best):.4f})")
 
 
+def helped(regime: Regime, rows: Sequence[dict[str, Any]]) -> None:
+    """Print which source helped in which domain: what a joint target without it lacks of the gain."""
+    lines = {line["label"]: line for line in summed(regime, rows)}
+    lacking = {label.removeprefix("joint-no-"): line for label, line in lines.items() if label.startswith("joint-no-")}
+    if not lacking or "joint" not in lines:
+        return
+    found = [
+        [source, *(f"{line['bits'][d][0] - lines['joint']['bits'][d][0]:+.4f}" for d in (*DOMAINS, "mean"))]
+        for source, line in lacking.items()
+    ]
+    common.show(f"{regime.name}: bits per byte that are lost without a source", ["source", *DOMAINS, "mean"], found)
+
+
+def curve(regimes: Sequence[Regime], rows: Sequence[dict[str, Any]]) -> None:
+    """Print what more text gives: the gains in regimes that differ in their text alone."""
+    for passes in sorted({regime.passes for regime in regimes if not regime.converged}):
+        alike = sorted((r for r in regimes if r.passes == passes and not r.converged), key=lambda r: r.share)
+        lines = {regime.name: {line["label"]: line for line in summed(regime, rows)} for regime in alike}
+        alike = [regime for regime in alike if {"labels", "joint"} <= set(lines[regime.name])]
+        if len(alike) < 2:
+            continue
+        found = []
+        for regime in alike:
+            labels, joint = (lines[regime.name][label] for label in ("labels", "joint"))
+            back = lines[regime.name].get("labels-back")
+            told = [f"{line['gain']:+.4f}" if line else "–" for line in (labels, back, joint)]
+            found.append([regime.about, f"{joint['positions']:,.0f}", *told])
+        columns = ["text", "tokens read", "label-only's gain", "and drawn back", "joint's gain"]
+        common.show("what more text gives", columns, found)
+
+
 def _bits(line: dict[str, Any]) -> float:
     return float(line["bits"]["mean"][0])
 

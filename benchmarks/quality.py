@@ -22,7 +22,7 @@ import common
 import ladder
 import ladder_show
 import yaml
-from ladder import QUICK, QUICK_RATE, RATES, REGIMES, RUNGS, TRIAL, TRIALS, Regime, Rung
+from ladder import LEAST, QUICK, QUICK_RATE, RATES, REGIMES, RUNGS, TRIAL, TRIALS, Regime, Rung
 from ladder_lab import PIECES, QUESTIONS, ZOO, Lab
 
 from fusion import cluster, hub, pipeline, tracking
@@ -146,9 +146,9 @@ def main() -> None:
         "--regimes",
         nargs="+",
         metavar="REGIME",
-        choices=[*REGIMES, TRIAL.name],
+        choices=[*REGIMES, TRIAL.name, LEAST.name],
         default=list(REGIMES),
-        help=f"of these, and {TRIAL.name}, where settings are tried",
+        help=f"of these; and {TRIAL.name}, where settings are tried, and {LEAST.name}, with less text still",
     )
     parser.add_argument(
         "--rungs",
@@ -173,7 +173,9 @@ def main() -> None:
         tasks.manager([str(QUESTIONS)])  # refused now, and not after hours, where lm-evaluation-harness is missing
     if given.seeds < 1:
         raise ValueError(f"--seeds {given.seeds}: must be at least 1")
-    regimes = [QUICK] if given.quick else [{**REGIMES, TRIAL.name: TRIAL}[name] for name in given.regimes]
+    regimes = (
+        [QUICK] if given.quick else [{**REGIMES, TRIAL.name: TRIAL, LEAST.name: LEAST}[name] for name in given.regimes]
+    )
     rates, seeds = ([QUICK_RATE], 1) if given.quick else (given.rates, given.seeds)
     if given.quick:
         given.rungs = [name for name in given.rungs if _quick({**RUNGS, **TRIALS}[name])]
@@ -199,6 +201,8 @@ def _climb_all(given: argparse.Namespace, regimes: Sequence[Regime], rates: Sequ
                 rows += climb(lab, regime, rung, rates, seeds)
                 common.write(given.json, rows)
             ladder_show.table(regime, rows)
+            ladder_show.helped(regime, rows)
+        ladder_show.curve(regimes, rows)
         if given.plot:
             ladder_show.picture(given.plot, regimes, rows)
         tracking.say(f"{time.monotonic() - begun:.0f} s in all")

@@ -136,3 +136,32 @@ def test_learning_rates_are_climbed_until_none_is_better(ladder: Any, monkeypatc
     ran.clear()
     quality.climb(None, ladder.QUICK, ladder.RUNGS["joint"], [1e-3], 1)
     assert ran == [(1e-3, 0)]
+
+
+def _row(regime: str, rung: str, mean: float, **domains: float) -> dict[str, Any]:
+    bits = {"math": mean, "code": mean, "prose": mean, "mean": mean} | domains
+    told = {"regime": regime, "rung": rung, "about": rung, "chosen": True, "positions": 1000 * mean, "rate": 1e-3}
+    return {**told, "choose": bits, "report": bits}
+
+
+def test_which_source_helped_where_and_what_more_text_gives(ladder: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    show = importlib.import_module("ladder_show")
+    rows = [_row("trial", "pivot", 2.4), _row("trial", "labels", 2.375), _row("trial", "joint", 2.25)]
+    rows.append(_row("trial", "joint-no-math", 2.2625, math=2.375))
+    show.helped(ladder.TRIAL, rows)
+    said = capsys.readouterr().out
+    assert [line.split() for line in said.splitlines() if "+0.1250" in line] == [
+        ["│", "math", "│", "+0.1250", "│", "+0.0125", "│", "+0.0125", "│", "+0.0125", "│"]
+    ]
+    more = [_row("small-12", "pivot", 2.4), _row("small-12", "labels", 2.25), _row("small-12", "labels-back", 2.24)]
+    more.append(_row("one-pass", "pivot", 2.4))
+    regimes = [ladder.REGIMES["small-12"], ladder.REGIMES["one-pass"], ladder.TRIAL]
+    show.curve(regimes, [*rows, *more])  # one alone that has both
+    show.helped(ladder.REGIMES["small-12"], more)
+    assert capsys.readouterr().out == ""
+    show.curve(regimes, [*rows, *more, _row("small-12", "joint", 2.0)])
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert [line for line in lines if line and line[0].endswith("passes")] == [
+        ["5 % of the corpus, 12 passes", "2,250", "+0.0250", "–", "+0.1500"],
+        ["15 % of it, 12 passes", "2,000", "+0.1500", "+0.1600", "+0.4000"],
+    ]
