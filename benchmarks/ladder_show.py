@@ -105,7 +105,11 @@ def table(regime: Regime, rows: Sequence[dict[str, Any]]) -> None:
 def helped(regime: Regime, rows: Sequence[dict[str, Any]]) -> None:
     """Print which source helped in which domain: what a joint target without it lacks of the gain."""
     lines = {line["label"]: line for line in summed(regime, rows)}
-    lacking = {label.removeprefix("joint-no-"): line for label, line in lines.items() if label.startswith("joint-no-")}
+    lacking = {
+        label.removeprefix("joint-no-"): line
+        for label, line in lines.items()
+        if label == line["rung"] and label.startswith("joint-no-")
+    }
     if not lacking or "joint" not in lines:
         return
     found = [

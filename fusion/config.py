@@ -210,13 +210,17 @@ class Merge:
     parameters: dict[str, float | int | bool | str | list[float]] = field(default_factory=dict)
     dtype: Literal["bfloat16", "float16", "float32"] | None = None  # None: the targets' own
     # how far from the pivot to go along the merged update, 1: all of it; auto: so far as the validation samples say, in
-    # the layers and outside of them; all of it where there are none
-    scale: float | str = "auto"
+    # the layers and outside of them; all of it where there are none; [0.9, 0.5]: in the layers, outside of them
+    scale: float | str | list[float] = "auto"
 
     def __post_init__(self) -> None:
-        number = isinstance(self.scale, (int, float)) and not isinstance(self.scale, bool)
-        if self.scale != "auto" and not (number and 0 < float(self.scale) <= 4):
-            raise ValueError(f"merge.scale: {self.scale!r} will not do; give a number above 0, 4 at most, or auto")
+        numbers = self.scale if isinstance(self.scale, list) else [self.scale]
+        good = all(isinstance(n, (int, float)) and not isinstance(n, bool) and 0 <= n <= 4 for n in numbers)
+        if self.scale != "auto" and not (good and any(numbers) and (numbers == [self.scale] or len(numbers) == 2)):
+            raise ValueError(
+                f"merge.scale: {self.scale!r} will not do; give a number above 0, 4 at most, two of them (in the "
+                "layers, outside of them), or auto"
+            )
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -148,6 +148,7 @@ def _do(config: Config, task: Task, checked: set[Path]) -> None:
 
 
 def _admitted(config: Config, found: Found, prepared: Artifact, repair: bool, checked: set[Path]) -> Config:
+    """The config with the caches that are this run's; with `repair`, without those that are not."""
     if not prepared.done():
         raise ValueError("prepare is not finished and a stage that was asked for reads it; leave away --only or --from")
 
@@ -155,7 +156,8 @@ def _admitted(config: Config, found: Found, prepared: Artifact, repair: bool, ch
         folder = found.folders[m.name]
         weights = digest(found.prints[m.name]) if any(folder.glob("*.safetensors")) else None
         stage("capture").admit(config, m, folder, weights, prepared.folder)
-        checked.add(Path(str(m.cache)))
+        assert m.cache is not None
+        checked.add(Path(m.cache))
 
     return fixing.admitted(config, admit, repair)
 

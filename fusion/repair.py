@@ -14,7 +14,7 @@ def mend(finished: Sequence[Artifact], stage: Callable[[str], Any]) -> None:
     """Make finished folders with damaged files unfinished ones that lack them.
 
     Args:
-        stage: name → its module; what it may do beside is its `repair`.
+        stage: name → its module, whose `repair`, where it has one, takes the damaged files out of what was kept.
     """
     for out in finished:
         if not (out.folder / MANIFEST).exists():
@@ -72,13 +72,13 @@ def readable(config: Config) -> Config:
                 read_manifest(Path(m.cache))
             return m
         except (ValueError, OSError) as error:
-            return _without(m, error)
+            return _without(m, f"{m.name}: {error}")
 
     return _with(config, known)
 
 
-def _without(m: Model, error: Exception) -> Model:
-    tracking.say(f"{error}: it is captured here")
+def _without(m: Model, why: object) -> Model:
+    tracking.say(f"{why}: it is captured here")
     return replace(m, cache=None)
 
 

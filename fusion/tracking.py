@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -166,8 +166,14 @@ class Tracker:
 
             self._run.log({name: wandb.Table(columns=list(columns), data=rows)})
 
-    def close(self) -> None:
-        """Finish the run."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=kind is not None)
+
+    def close(self, failed: bool = False) -> None:
+        """Finish the run, as one that failed or not."""
         if self._run is not None:
-            self._run.finish()
+            self._run.finish(exit_code=int(failed))
             self._run = None

@@ -8,7 +8,6 @@ import argparse
 import json
 import os
 import sys
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +84,7 @@ def _measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     cluster.start()
     try:
         for model, folder in zip(models, folders, strict=True):
-            with closing(_tracker(arguments, model.model)) as tracker:
+            with _tracker(arguments, model.model) as tracker:
                 row: dict[str, Any] = {"model": model.model, "settings": _settings(arguments)}
                 if samples:
                     bits = bits_per_byte(model, folder, samples, arguments.batch_tokens)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from fusion.config import Model
 from fusion.measure import bits_per_byte
 from fusion.records import Message, Sample, sample_id
+from fusion.tracking import Tracker
 
 TEXTS = ["one two three", "a", "naïve 日本語 🙂", "  spaces and\n\nlines\n", "the dog sat by the door " * 5]
 
@@ -138,3 +139,22 @@ def test_a_folder_without_a_tokenizer_is_refused(folder: Path, tmp_path: Path) -
 
 def test_nothing_to_measure(folder: Path) -> None:
     assert measure(folder, []) == {}
+
+
+def test_a_tracker_tells_whether_its_run_failed() -> None:
+    told: list[int] = []
+
+    class Run:
+        def finish(self, exit_code: int) -> None:
+            told.append(exit_code)
+
+    def tracker() -> Tracker:
+        made = object.__new__(Tracker)
+        made._run = Run()
+        return made
+
+    with tracker():
+        pass
+    with pytest.raises(ValueError, match="no"), tracker():
+        raise ValueError("no")
+    assert told == [0, 1]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny import ROOT, write_lines
+from tiny import ROOT, artifact, load, samples, tree, write_lines
 
 from fusion import config_file
 
@@ -148,9 +148,10 @@ def test_which_source_helped_where_and_what_more_text_gives(ladder: Any, capsys:
     show = importlib.import_module("ladder_show")
     rows = [_row("trial", "pivot", 2.4), _row("trial", "labels", 2.375), _row("trial", "joint", 2.25)]
     rows.append(_row("trial", "joint-no-math", 2.2625, math=2.375))
+    rows[-1] |= {"models": {"joint": rows[-1], "as far as chosen": rows[-1]}, "targets": ["joint"]}
     show.helped(ladder.TRIAL, rows)
     said = capsys.readouterr().out
-    assert [line.split() for line in said.splitlines() if "+0.1250" in line] == [
+    assert [line.split() for line in said.splitlines() if "+0." in line] == [
         ["│", "math", "│", "+0.1250", "│", "+0.0125", "│", "+0.0125", "│", "+0.0125", "│"]
     ]
     more = [_row("small-12", "pivot", 2.4), _row("small-12", "labels", 2.25), _row("small-12", "labels-back", 2.24)]
@@ -165,3 +166,35 @@ def test_which_source_helped_where_and_what_more_text_gives(ladder: Any, capsys:
         ["5 % of the corpus, 12 passes", "2,250", "+0.0250", "–", "+0.1500"],
         ["15 % of it, 12 passes", "2,000", "+0.1500", "+0.1600", "+0.4000"],
     ]
+
+
+def test_a_merge_is_made_where_a_figure_is_asked_for_and_gone_afterwards(
+    ladder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop, quality = importlib.import_module("ladder_lab"), importlib.import_module("quality")
+    lab = object.__new__(shop.Lab)
+    lab.work, lab.questions, lab._unmade = tmp_path, 0, {}
+    (tmp_path / "measured").mkdir()
+    lab._pieces = {"choose": samples(2, seed=1), "report": samples(2, seed=2)}
+    config = load(tmp_path, tree(tmp_path, tmp_path / "pivot", {"a": tmp_path}))
+    target = artifact(tmp_path, "distill")
+    merged: list[tuple[float, float]] = []
+
+    def merge(recipe: Any, folder: Path) -> None:
+        merged.append((1.0, 1.0) if recipe.lines is None else (recipe.lines.alpha, recipe.lines.outside))
+        folder.mkdir(parents=True)
+
+    def bits(model: Any, folder: Path, pieces: Any, batch_tokens: int) -> dict[str, float]:
+        layers, outside = (0, 0) if folder.name == "pivot" else merged[-1]
+        assert folder.name == "pivot" or folder.is_dir()
+        return {"math": 2 + (layers - 0.75) ** 2 + (outside - 0.5) ** 2}
+
+    monkeypatch.setattr(shop, "merge", merge)
+    monkeypatch.setattr(shop, "plan", lambda recipe: recipe)
+    monkeypatch.setattr(shop, "bits_per_byte", bits)
+    monkeypatch.setattr(quality.hub, "fingerprint", lambda *_: {"weights": "pivot"})
+    told = quality._merged(lab, config, {"joint": target}, {"method": "linear", "scale": "auto"})
+    assert told["scale"] == [0.75, 0.5] and told["report"] == {"math": 2.0, "mean": 2.0}
+    assert merged[-2:] == [(0.75, 0.5)] * 2 and len(merged) == 10  # once more for the half that reports
+    again = quality._merged(lab, config, {"joint": target}, {"method": "linear", "scale": "auto"})
+    assert again == told and len(merged) == 10 and not list((tmp_path / "merged").glob("*"))

@@ -45,6 +45,18 @@ def test_layers_and_what_is_outside_of_them_go_as_far_as_suits_each() -> None:
     assert list(tried)[:4] == [alike(0.0), alike(0.5), alike(1.0), alike(0.7)]
 
 
+def test_no_part_goes_further_than_may_be_tried() -> None:
+    far, tried = search(lambda s: 5 - s.layers - s.outside)
+    assert far == alike(2.0) == max(tried, key=lambda s: s.layers + s.outside)
+    near, tried = search(lambda s: 1 + s.layers + s.outside)
+    assert near == alike(0.1) and min(min(s.layers, s.outside) for s in tried if s != alike(0)) == 0.1
+
+
+def test_a_model_of_one_part_is_looked_at_as_a_whole() -> None:
+    scales, tried = search(lambda s: (s.layers - 0.7) ** 2, apart=False)
+    assert scales == alike(0.7) and set(tried) == {alike(s) for s in (0.0, 0.5, 0.7, 1.0)}
+
+
 def test_what_is_measured_decides_where_the_loss_is_no_parabola() -> None:
     losses = {0.0: 2.0, 0.5: 1.9, 1.0: 1.95, 0.58: 1.91}
     scales, tried = search(lambda s: losses[s.layers] if s == alike(s.layers) else 1.99)
@@ -63,7 +75,7 @@ def test_a_figure_that_is_no_number_never_wins() -> None:
         search(lambda s: 2.0 if s == alike(0) else inf)
 
 
-@pytest.mark.parametrize("scale", [0, -1, 5, "half", True, float("nan"), [0.5]])
+@pytest.mark.parametrize("scale", [0, -1, 5, "half", True, float("nan"), [0.5], [0, 0], [0.5, 5], [1, 1, 1], [1, "a"]])
 def test_a_scale_that_will_not_do(tmp_path: Path, scale: Any) -> None:
     holds = tree(tmp_path, tmp_path, {"a": tmp_path}, merge={"method": "sce", "scale": scale})
     with pytest.raises(ValueError, match=r"merge\.scale: .* will not do[;:] .*") as told:
@@ -124,7 +136,7 @@ def test_validation_samples_choose_the_scale(models: Any, tmp_path: Path, method
     model = Model(str(out / "model"), "fused", dtype="float32")
     bits = bits_per_byte(model, out / "model", list(Corpus(models[2], "validation")), 4096)
     assert sum(bits.values()) / len(bits) == pytest.approx(tried[chosen], rel=1e-6)
-    assert sorted(path.name for path in out.iterdir()) == ["model"]  # what was tried is gone
+    assert sorted(path.name for path in out.iterdir()) == ["model", "work"]  # what was tried is gone
     given, again = run(models, tmp_path / "given", Merge(method, parameters, scale=0.625))
     assert "bits by scale" not in given and given["scale"] == given["scale outside of layers"] == 0.625
     name = "model/model.safetensors"
@@ -147,7 +159,42 @@ def test_without_validation_samples_all_of_the_update(models: Any, tmp_path: Pat
 def test_leftovers_of_a_run_that_was_cut_off_are_no_hindrance(models: Any, tmp_path: Path) -> None:
     out = artifact(tmp_path, "merge")
     first, folder = run(models, tmp_path, Merge("linear"), out)
-    (folder / "tries/0.5").mkdir(parents=True)
-    (folder / "tries/0.5/model.safetensors").write_text("half of it")
+    (folder / "tries/0.5-0.5").mkdir(parents=True)
+    (folder / "tries/0.5-0.5/model.safetensors").write_text("half of it")
     again, _ = run(models, tmp_path, Merge("linear"), out)
     assert again == first and not (folder / "tries").exists()
+
+
+@pytest.mark.parametrize("cut", [2, 5, 9])
+def test_a_run_that_was_cut_off_measures_the_rest_alone(
+    models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int
+) -> None:
+    whole, undisturbed = run(models, tmp_path / "whole", Merge("linear"))
+    measured: list[str] = []
+
+    def counted(model: Model, *rest: Any) -> dict[str, float]:
+        if len(measured) == cut:
+            measured.append("cut off")
+            raise KeyboardInterrupt
+        measured.append(model.model)
+        return bits_per_byte(model, *rest)
+
+    monkeypatch.setattr(stage, "bits_per_byte", counted)
+    out = artifact(tmp_path, "merge")
+    with pytest.raises(KeyboardInterrupt):
+        run(models, tmp_path, Merge("linear"), out)
+    again, folder = run(models, tmp_path, Merge("linear"), out)
+    assert again == whole and len(measured) == len(whole["bits by scale"]) + 1
+    shutil.rmtree(folder / "work")  # as the pipeline does
+    assert sorted(path.name for path in folder.iterdir()) == ["model"]
+    name = "model/model.safetensors"
+    assert (folder / name).read_bytes() == (undisturbed / name).read_bytes()
+
+
+def test_what_was_found_can_be_given(models: Any, tmp_path: Path) -> None:
+    facts, found = run(models, tmp_path / "auto", Merge("linear"))
+    scales = [facts["scale"], facts["scale outside of layers"]]
+    assert scales[0] != scales[1]
+    _, again = run(models, tmp_path / "given", Merge("linear", scale=scales))
+    name = "model/model.safetensors"
+    assert (again / name).read_bytes() == (found / name).read_bytes()

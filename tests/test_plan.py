@@ -119,7 +119,7 @@ def test_costs_by_hand(tmp_path: Path, tree: dict[str, Any]) -> None:
     assert rows["capture/a"].disk == pytest.approx(2e6 * 19)
     assert rows["distill/control"].tokens == 6e6
     assert rows["distill/control"].hours == pytest.approx(6 * 1e9 * 6e6 / hour)
-    assert rows["merge"].disk == 2e9
+    assert rows["merge"].disk == 4e9  # the best merge so far and the next
     assert {(cost.state, cost.by) for cost in rows.values()} == {("to do", "estimated")}
     for limit, tokens in ((1000, 1.96e6), (10, 2e6 - 10 * 4096 / 4)):  # 0.02 of 8 MB, or ten samples of 4 KB
         config = tiny.load(tmp_path, tree, f"prepare.validation_limit={limit}")

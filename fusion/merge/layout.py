@@ -238,10 +238,12 @@ class _Plan:
             order=group.order,
             layer=row.layer,
             layers=row.layers,
-            scale=1.0
-            if (own := recipe.lines) is None
-            else scale(own.alpha, own.beta, row.layer, row.layers, own.outside),
+            scale=self._scale(row),
         )
+
+    def _scale(self, row: _Row) -> float:
+        lines = self._recipe.lines
+        return 1.0 if lines is None else scale(lines.alpha, lines.beta, row.layer, row.layers, lines.outside)
 
     def _parameters(self, method: Method, given: Mapping[str, Any], models: int) -> Any:
         """As the method checks them, the same ones once."""

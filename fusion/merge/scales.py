@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 LEAST, MOST = 0.1, 2.0  # of the scales that are tried
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Scales:
     """How much of an update is put on the base: in the layers, and outside of them (embeddings, head, last norm)."""
 
@@ -25,7 +25,12 @@ def alike(scale: float) -> Scales:
     return Scales(scale, scale)
 
 
-def search(measure: Callable[[Scales], float]) -> tuple[Scales, dict[Scales, float]]:
+def given(scale: float | str | list[float]) -> Scales:
+    """Those of a number, or of two: in the layers, outside of them."""
+    return Scales(*map(float, scale)) if isinstance(scale, list) else alike(float(scale))
+
+
+def search(measure: Callable[[Scales], float], apart: bool = True) -> tuple[Scales, dict[Scales, float]]:
     """The scales of a merged update that measure best, after ten measurements at most.
 
     The loss along the line from one model to another that was trained from it is nearly a parabola (as where Wortsman
@@ -35,6 +40,7 @@ def search(measure: Callable[[Scales], float]) -> tuple[Scales, dict[Scales, flo
 
     Args:
         measure: scales → bits per byte; 0 and 0 is the base.
+        apart: whether layers and the rest are looked at by themselves; not so where a model has one of them alone.
 
     Returns:
         The best scales that are not 0, and the bits per byte of all that were measured.
@@ -50,17 +56,27 @@ def search(measure: Callable[[Scales], float]) -> tuple[Scales, dict[Scales, flo
         return tried[scales]
 
     attempt(alike(_lowest({scale: attempt(alike(scale)) for scale in (0.0, 0.5, 1.0)})))
-    for part in ("outside", "layers"):
-        here = _best(tried)
-        at = getattr(here, part)
-
-        def moved(scale: float, part: str = part, here: Scales = here) -> float:
-            return attempt(replace(here, **{part: scale}))
-
-        less = round(0.75 * at, 3)
-        other = round((0.5 if moved(less) < tried[here] else 1.25) * at, 3)
-        moved(_lowest({at: tried[here], less: moved(less), other: moved(other)}))
+    for part in ("outside", "layers") if apart else ():
+        _along(attempt, _best(tried), part)
     return _best(tried), tried
+
+
+def _along(attempt: Callable[[Scales], float], here: Scales, part: str) -> None:
+    """Try less of one part, then still less or else more, and where a parabola through the three is lowest."""
+
+    def moved(scale: float) -> float:
+        return attempt(replace(here, **{part: scale}))
+
+    at = float(getattr(here, part))
+    less = _within(0.75 * at)
+    other = _within((0.5 if moved(less) < moved(at) else 1.25) * at)
+    points = {scale: moved(scale) for scale in (at, less, other)}
+    if len(points) == 3:  # not so at the ends of what may be tried
+        moved(_lowest(points))
+
+
+def _within(scale: float) -> float:
+    return round(min(max(scale, LEAST), MOST), 3)
 
 
 def _best(tried: Mapping[Scales, float]) -> Scales:
@@ -81,4 +97,4 @@ def _lowest(points: Mapping[float, float]) -> float:
     lowest = math.inf if fz < fx else -math.inf
     if bend > 0:
         lowest = (x + y) / 2 - first / (2 * bend)
-    return round(min(max(lowest, LEAST), MOST), 2)
+    return round(_within(lowest), 2)

@@ -1,5 +1,6 @@
 """Merge: all targets and their base → one checkpoint."""
 
+import json
 import math
 import shutil
 import threading
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion import cluster, tracking
-from fusion.artifact import Artifact
+from fusion.artifact import Artifact, write_json
 from fusion.config import Config
 from fusion.corpus import Corpus
 from fusion.measure import bits_per_byte, made_of
@@ -19,7 +20,7 @@ from fusion.merge.methods import get_method
 from fusion.merge.pools import TensorReport
 from fusion.merge.recipe import MergeRecipe
 from fusion.merge.records import Lines
-from fusion.merge.scales import Scales, alike, search
+from fusion.merge.scales import Scales, alike, given, search
 from fusion.records import Sample
 
 _MB = 1_000_000
@@ -54,12 +55,12 @@ def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, 
     wanted = config.merge.scale
     samples = list(Corpus(inputs["prepare"], "validation")) if wanted == "auto" else []
     if not samples:
-        scales, tried = alike(1.0 if wanted == "auto" else float(wanted)), dict[Scales, float]()
+        scales, tried = alike(1) if wanted == "auto" else given(wanted), dict[Scales, float]()
         reports = _merged(config, inputs, scales, out.folder / "model")
     else:
         tries = _Tries(config, inputs, out, samples)
-        scales, tried = search(tries.measure)
-        reports = tries.keep()
+        scales, tried = search(tries.measure, apart=_layered(config, inputs))
+        reports = tries.keep(scales)
     finite = [[s.layers, s.outside, bits] for s, bits in tried.items() if math.isfinite(bits)]
     told = {"scale": scales.layers, "scale outside of layers": scales.outside}
     return {**_facts(config, inputs, reports), **told, **({"bits by scale": finite} if finite else {})}
@@ -68,26 +69,50 @@ def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, 
 class _Tries:
     """Merges with several scales, measured on samples; the best so far is kept, so that two at most are on disk.
 
+    What was measured is written down, so that a run that was cut off measures the rest alone.
+
     Args:
         samples: what is measured on; their domains weigh alike.
     """
 
     def __init__(self, config: Config, inputs: Mapping[str, Path], out: Artifact, samples: list[Sample]) -> None:
         self._config, self._inputs, self._out, self._samples = config, inputs, out, samples
-        self._best: tuple[float, Scales, list[TensorReport]] | None = None  # bits per byte, scales, report
+        self._memory = out.folder / "work/tries.json"
+        self._known: dict[Scales, float] = cluster.on_main(self._remembered)
+        self._kept: tuple[Scales, list[TensorReport]] | None = None  # what is on disk
 
     def measure(self, scales: Scales) -> float:
         """Bits per byte, the mean over domains, of the merge with some scales."""
-        if scales == alike(0):
-            return self._bits(self._inputs["pivot"], scales)
+        if scales not in self._known:
+            if scales == alike(0):
+                self._known[scales] = self._bits(self._inputs["pivot"], scales)
+            else:
+                self._try(scales)
+            cluster.on_main(self._remember)
+        return self._known[scales]
+
+    def keep(self, scales: Scales) -> list[TensorReport]:
+        """Make the merge with some scales the result; the report of its tensors."""
+        if self._kept is None or self._kept[0] != scales:  # measured before a run was cut off
+            self._kept = (scales, _merged(self._config, self._inputs, scales, self._folder(scales)))
+
+        def place() -> None:
+            self._folder(scales).rename(self._out.folder / "model")
+            shutil.rmtree(self._out.folder / "tries")
+
+        cluster.on_main(place)
+        return self._kept[1]
+
+    def _try(self, scales: Scales) -> None:
         reports = _merged(self._config, self._inputs, scales, self._folder(scales))
-        bits, before = self._bits(self._folder(scales), scales), self._best
-        if before is None or bits < before[0]:
-            self._best = (bits, scales, reports)
-        if before is not None:
-            beaten = scales if self._best is before else before[1]
+        bits = self._bits(self._folder(scales), scales)
+        best = min((b for s, b in self._known.items() if s != alike(0)), default=None)
+        self._known[scales] = bits
+        beaten: Scales | None = scales
+        if best is None or bits < best:
+            beaten, self._kept = self._kept and self._kept[0], (scales, reports)
+        if beaten is not None:
             cluster.on_main(partial(shutil.rmtree, self._folder(beaten)))
-        return bits
 
     def _bits(self, folder: Path, scales: Scales) -> float:
         model = made_of(self._config.pivot, folder, f"scale-{_short(scales)}")
@@ -95,17 +120,14 @@ class _Tries:
         bits = sum(found.values()) / len(found)
         return bits if math.isfinite(bits) else math.inf
 
-    def keep(self) -> list[TensorReport]:
-        """Make the best the result; the report of its tensors."""
-        assert self._best is not None
-        _, scales, reports = self._best
+    def _remembered(self) -> dict[Scales, float]:
+        if not self._memory.exists():
+            return {}
+        return {Scales(layers, outside): bits for layers, outside, bits in json.loads(self._memory.read_text())}
 
-        def place() -> None:
-            self._folder(scales).rename(self._out.folder / "model")
-            shutil.rmtree(self._out.folder / "tries")
-
-        cluster.on_main(place)
-        return reports
+    def _remember(self) -> None:
+        self._memory.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self._memory, [[s.layers, s.outside, bits] for s, bits in self._known.items()])
 
     def _folder(self, scales: Scales) -> Path:
         return self._out.folder / "tries" / _short(scales)
@@ -114,6 +136,11 @@ class _Tries:
 def scaled(whole: MergeRecipe, scales: Scales) -> MergeRecipe:
     """A recipe with so much of its update."""
     return whole if scales == alike(1) else replace(whole, lines=Lines(scales.layers, 0.0, scales.outside))
+
+
+def _layered(config: Config, inputs: Mapping[str, Path]) -> bool:
+    """Whether some of the tensors are in layers and some are not."""
+    return len({job.layer is None for job in plan(recipe(config, inputs)).layout.jobs}) == 2
 
 
 def _short(scales: Scales) -> str:
