@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 SOURCES = {"math": "math-seedoss", "code": "code-neox", "prose": "prose-mistral"}
-RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
+RATES = (3.125e-5, 6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
 BATCH = 16
 PIECE = 900  # bytes of a sample at most
 
@@ -74,7 +74,7 @@ def _without(left: str) -> tuple[str, ...]:
     return tuple(name for name in SOURCES if name != left)
 
 
-OURS: dict[str, dict[str, Any]] = {"distill": {"label_weight": 0.3}}  # beside what are defaults
+OURS: dict[str, dict[str, Any]] = {"distill": {"label_weight": 0.3, "pivot": "teach"}}  # beside what are defaults
 
 
 def _ours(**changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -141,7 +141,7 @@ TRIALS = {
             {"distill": {"freeze_embeddings": True}},
             DRAWN_BACK,
         ),
-        Rung("pairwise-teach", "ours, pairwise, pivot teaches", "pairwise", _ours(distill={"pivot": "teach"}), MERGES),
+        Rung("pairwise-gate", "ours, pairwise, pivot gates", "pairwise", _ours(distill={"pivot": "gate"}), MERGES),
         _trial("frozen", "embeddings frozen", distill={"freeze_embeddings": True}),
         _trial("weight-0", "label weight 0", distill={"label_weight": 0.0}),
         _trial("weight-0.1", "label weight 0.1", distill={"label_weight": 0.1}),
@@ -166,7 +166,7 @@ TRIALS = {
         _trial("gate-segment", "gate: the best of each segment", distill={"gate_level": "segment"}),
         _trial("gate-token", "gate: the best of each token", distill={"gate_level": "token"}),
         _trial("pivot-absent", "pivot not asked", distill={"pivot": "absent"}),
-        _trial("pivot-teaches", "pivot teaches", distill={"pivot": "teach"}),
+        _trial("pivot-gates", "where the pivot is best labels alone teach", distill={"pivot": "gate"}),
         _trial("drop", "missing mass dropped", distill={"missing_mass": "drop"}),
         _trial("renormalise", "missing mass renormalised", distill={"missing_mass": "renormalise"}),
         _trial("teacher-0.8", "teacher's temperature 0.8", distill={"teacher_temperature": 0.8}),

@@ -122,7 +122,7 @@ class Lora:
 class Distill:
     """Targets from the pivot."""
 
-    topology: Literal["pairwise", "joint"] = "pairwise"
+    topology: Literal["pairwise", "joint"] = "joint"  # a target a source, merged then; or one from all sources
     # who teaches, by cross-entropy in bits per byte: the best source, all by softmax(-bits / gate_temperature), all
     # alike, or as `weights` says
     gate: Literal["min_ce", "avg_ce", "all", "fixed", "none"] = "min_ce"
@@ -132,8 +132,8 @@ class Distill:
     weights: dict[str, Annotated[float, Field(ge=0)]] = field(default_factory=dict)  # of gate: fixed
     # where the pivot is better than every source on a sample: it teaches (FuseLLM), labels alone do (gate), or the gate
     # does not ask it (absent)
-    pivot: Literal["teach", "gate", "absent"] = "gate"
-    label_weight: Share = 0.5  # lambda
+    pivot: Literal["teach", "gate", "absent"] = "teach"
+    label_weight: Share = 0.3  # lambda
     # over the training: constant, linear or cosine to label_weight_end, or 1 - (1 - lambda) times the share that
     # softmax(-bits / gate_temperature) over all that the gate asks gives to those who teach
     label_schedule: Literal["constant", "linear", "cosine", "confidence"] = "constant"
@@ -206,7 +206,7 @@ class Distill:
 class Merge:
     """Targets + base → one model."""
 
-    method: Name = "sce"
+    method: Name = "linear"
     parameters: dict[str, float | int | bool | str | list[float]] = field(default_factory=dict)
     dtype: Literal["bfloat16", "float16", "float32"] | None = None  # None: the targets' own
     # how far from the pivot to go along the merged update, 1: all of it; auto: so far as the validation samples say, in

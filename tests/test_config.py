@@ -132,7 +132,7 @@ DRAWS = "draws are right on average only in what is linear in them; set sampler 
         ),
         (["divergence=jsd", "/capture.sampler=top_k"], None),
         (["divergence=reverse_kl", "/capture.sampler=nucleus", "missing_mass=renormalise"], None),
-        (["divergence=jsd", "/sources.0.cache=x", "/sources.1.cache=y"], None),
+        (["divergence=jsd", "pivot=gate", "/sources.0.cache=x", "/sources.1.cache=y"], None),
         (["divergence=forward_kl", "missing_mass=drop"], None),
         # the label's share in the course of a training
         (["label_schedule=linear"], "label_weight_end: missing; label_schedule linear goes there"),
@@ -155,10 +155,10 @@ DRAWS = "draws are right on average only in what is linear in them; set sampler 
         (["gate=fixed"], "weights: missing; gate fixed asks it: name: weight"),
         (["weights={a: 1.5}"], "weights: {'a': 1.5} will not do without gate: fixed"),
         (["weights={a: 1, b: 2}", "gate=all"], "weights: {'a': 1.0, 'b': 2.0} will not do without gate: fixed"),
-        (["weights={c: 1}", "gate=fixed"], "weights: 'c' teaches nobody; known here: a, b"),
-        (["weights={pivot: 1}", "gate=fixed"], "weights: 'pivot' teaches nobody; known here: a, b"),
+        (["weights={c: 1}", "gate=fixed"], "weights: 'c' teaches nobody; known here: a, b, pivot"),
+        (["weights={pivot: 1}", "gate=fixed", "pivot=gate"], "weights: 'pivot' teaches nobody; known here: a, b"),
         (
-            ["weights={b: 1}", "gate=fixed"],
+            ["weights={b: 1}", "gate=fixed", "topology=pairwise"],
             "weights: a has none, and a target of its own that would learn from labels alone; give it one, leave the "
             "source away, or set distill.topology: joint",
         ),

@@ -118,7 +118,12 @@ def run(
     sources = tuple(Model("none", name=name) for name in ("a", "b"))
     model = Model(str(pivot), "pivot", dtype="float32")
     config = Config(
-        "small", model, sources, Prepare((Dataset("none.jsonl"),)), distill=Distill(control=False), merge=merge
+        "small",
+        model,
+        sources,
+        Prepare((Dataset("none.jsonl"),)),
+        distill=Distill("pairwise", control=False),
+        merge=merge,
     )
     inputs = {"pivot": pivot, "prepare": prepared, **{f"target/{n}": t for n, t in zip("ab", targets, strict=True)}}
     out = out or artifact(root, "merge")

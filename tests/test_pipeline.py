@@ -124,7 +124,7 @@ def test_joint_has_one_target(tmp_path: Path, tree: dict[str, Any]) -> None:
         ("distill.deepspeed=DEEPSPEED/zero3.json", set()),
         ("name=other", {"release"}),
         ("release.new_tokens=3", {"release"}),
-        ("merge.method=linear", {"merge", "release"}),
+        ("merge.method=ties", {"merge", "release"}),
         ("merge.parameters.tau=0.3", {"merge", "release"}),
         ("merge.dtype=bfloat16", {"merge", "release"}),
         ("distill.label_weight=0.9", {"distill/a", "distill/b", "merge", "release"}),
@@ -344,9 +344,9 @@ def test_a_stage_that_was_not_asked_for_and_is_needed_is_named(
     pipeline.run(config)
     stages.ran.clear()
     assert stages.since(lambda: pipeline.run(config, start="release")) == []
-    other = tiny.load(tmp_path, tree, "merge.method=linear")
+    other = tiny.load(tmp_path, tree, "merge.method=ties")
     assert stages.since(lambda: pipeline.run(other, start="merge")) == ["merge", "release"]
-    third = tiny.load(tmp_path, tree, "merge.method=linear", "distill.k=5")
+    third = tiny.load(tmp_path, tree, "merge.method=ties", "distill.k=5")
     with pytest.raises(ValueError, match=f"^distill/a {hint}$"):
         pipeline.run(third, ["merge"])
 

@@ -62,7 +62,7 @@ def tree(folder: Path, pivot: Path, sources: Mapping[str, Path], **sections: Any
         "pivot": {"model": str(pivot), "dtype": "float32"},
         "sources": [{"name": n, "model": str(path), "dtype": "float32"} for n, path in sources.items()],
         "prepare": {"data": [{"data": str(train)}, {"data": str(held), "heldout": True}]},
-        "distill": {"deepspeed": str(ROOT / "configs/deepspeed/zero2.json")},
+        "distill": {"topology": "pairwise", "pivot": "gate", "deepspeed": str(ROOT / "configs/deepspeed/zero2.json")},
         "tracking": {"wandb": "disabled"},
         **sections,
     }
