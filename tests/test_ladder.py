@@ -101,13 +101,15 @@ def test_text_that_label_only_training_needs(ladder: Any) -> None:
 
 def test_trials_and_rungs_without_a_source(ladder: Any, tmp_path: Path) -> None:
     places = [tmp_path / name for name in ("pivot", "zoo", "corpus.jsonl", "heldout.jsonl", "out")]
-    loaded = {}
+    loaded, trained = {}, {}
     for rung in (ladder.RUNGS["joint"], ladder.RUNGS["joint-no-math"], *ladder.TRIALS.values()):
         holds = ladder.tree(rung, ladder.TRIAL, *places, 0, 1e-3, ROOT / "configs/deepspeed/zero0.json")
         (tmp_path / "c.yaml").write_text(yaml.safe_dump({**holds, "name": "same"}))
-        loaded[rung.name] = config_file.load(tmp_path / "c.yaml")
+        loaded[rung.name], trained[rung.name] = config_file.load(tmp_path / "c.yaml"), rung.trains
     assert [s.name for s in loaded["joint-no-math"].sources] == ["code", "prose"]
-    assert len({repr(config) for config in loaded.values()}) == len(loaded)  # every trial changes something
+    assert len({(trained[name], repr(config)) for name, config in loaded.items()}) == len(
+        loaded
+    )  # every trial changes something
     assert not set(ladder.TRIALS) & set(ladder.RUNGS)
 
 
