@@ -29,7 +29,9 @@ prepare:
     - {{data: {made}/corpus/heldout.jsonl, heldout: true, limit: 12}}
   max_bytes: 300
 capture: {{sampler: hybrid, head: 4, draws: 16, too_long: skip}}
-distill: {{epochs: 2, learning_rate: 1e-3, batch_size: 8, per_rank: 4, pivot: teach, save_steps: 2, too_long: skip}}
+distill:
+  {{topology: pairwise, epochs: 2, learning_rate: 1e-3, batch_size: 8, per_rank: 4, pivot: teach, save_steps: 2,
+    too_long: skip}}
 merge: {{method: sce, parameters: {{tau: 1.0}}}}
 release: {{prompts: ["def f("], new_tokens: 4}}
 tracking: {{every: 1}}
