@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import common
@@ -30,6 +31,9 @@ from fusion.artifact import Artifact, digest, read_manifest
 from fusion.config import Config
 from fusion.merge.scales import Scales, alike, search
 from fusion.release import tasks
+
+ALL_REGIMES = {**REGIMES, TRIAL.name: TRIAL, LEAST.name: LEAST}
+ALL_RUNGS = {**RUNGS, **TRIALS}
 
 
 def climb(lab: Lab, regime: Regime, rung: Rung, rates: Sequence[float], seeds: int) -> list[dict[str, Any]]:
@@ -98,7 +102,7 @@ def _merged(lab: Lab, config: Config, targets: dict[str, Artifact], settings: Ma
             of_pivot = _of_folder(lab, config, "pivot", Path(config.pivot.model))
             return float(of_pivot["choose"]["mean"])
         with lab.merged(config, targets, settings, scales) as (folder, key):
-            return _mean(lab.bits(config, "merged", folder, key, "choose"))
+            return fmean(lab.bits(config, "merged", folder, key, "choose").values())
 
     wanted = settings.get("scale", 1.0)
     scales = search(measure)[0] if wanted == "auto" else alike(wanted)
@@ -115,12 +119,8 @@ def _measured(lab: Lab, config: Config, name: str, folder: Path, key: str) -> di
     told: dict[str, Any] = {}
     for half in PIECES:
         bits = lab.bits(config, name, folder, key, half)
-        told[half] = {**bits, "mean": _mean(bits)}
+        told[half] = {**bits, "mean": fmean(bits.values())}
     return told | ({"solved": lab.solved(folder, key)} if lab.questions else {})
-
-
-def _mean(bits: Mapping[str, float]) -> float:
-    return sum(bits.values()) / len(bits)
 
 
 def untrained(lab: Lab, regime: Regime) -> list[dict[str, Any]]:
@@ -146,7 +146,7 @@ def main() -> None:
         "--regimes",
         nargs="+",
         metavar="REGIME",
-        choices=[*REGIMES, TRIAL.name, LEAST.name],
+        choices=list(ALL_REGIMES),
         default=list(REGIMES),
         help=f"of these; and {TRIAL.name}, where settings are tried, and {LEAST.name}, with less text still",
     )
@@ -154,7 +154,7 @@ def main() -> None:
         "--rungs",
         nargs="+",
         metavar="RUNG",
-        choices=[*RUNGS, *TRIALS],
+        choices=list(ALL_RUNGS),
         default=list(RUNGS),
         help=f"of these, and single changes to joint: {', '.join(TRIALS)}",
     )
@@ -173,12 +173,10 @@ def main() -> None:
         tasks.manager([str(QUESTIONS)])  # refused now, and not after hours, where lm-evaluation-harness is missing
     if given.seeds < 1:
         raise ValueError(f"--seeds {given.seeds}: must be at least 1")
-    regimes = (
-        [QUICK] if given.quick else [{**REGIMES, TRIAL.name: TRIAL, LEAST.name: LEAST}[name] for name in given.regimes]
-    )
+    regimes = [QUICK] if given.quick else [ALL_REGIMES[name] for name in given.regimes]
     rates, seeds = ([QUICK_RATE], 1) if given.quick else (given.rates, given.seeds)
     if given.quick:
-        given.rungs = [name for name in given.rungs if _quick({**RUNGS, **TRIALS}[name])]
+        given.rungs = [name for name in given.rungs if _quick(ALL_RUNGS[name])]
     _climb_all(given, regimes, rates, seeds)
 
 
@@ -193,7 +191,7 @@ def _climb_all(given: argparse.Namespace, regimes: Sequence[Regime], rates: Sequ
     try:
         lab = Lab(given.work.resolve(), given.quick, given.questions)
         rows, begun = list[dict[str, Any]](), time.monotonic()
-        asked = [{**RUNGS, **TRIALS}[name] for name in given.rungs]
+        asked = [ALL_RUNGS[name] for name in given.rungs]
         rungs = {r.name: [rung for rung in asked if lab.feeds(rung, r)] for r in regimes}
         for regime in regimes:
             rows += untrained(lab, regime)
