@@ -7,12 +7,13 @@ same samples for the same number of steps.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 SOURCES = {"math": "math-seedoss", "code": "code-neox", "prose": "prose-mistral"}
 RATES = (3.125e-5, 6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
 BATCH = 16
 PIECE = 900  # bytes of a sample at most
+DTYPE: Final = "float32"  # of everything, so that figures of machines with and without bfloat16 stand in one table
 
 
 @dataclass(frozen=True)
@@ -213,13 +214,14 @@ def tree(
         "keep": "last",
         "too_long": "skip",
         "deepspeed": str(deepspeed),
+        "dtype": DTYPE,
     }
     common: dict[str, Any] = {
         "name": f"{regime.name}-{rung.name}",
         "out": str(out),
         "seed": seed,
-        "pivot": {"model": str(pivot)},
-        "sources": [{"name": name, "model": str(zoo / SOURCES[name])} for name in rung.sources],
+        "pivot": {"model": str(pivot), "dtype": DTYPE},
+        "sources": [{"name": name, "model": str(zoo / SOURCES[name]), "dtype": DTYPE} for name in rung.sources],
         "prepare": {
             "data": [{"data": str(corpus)}, {"data": str(heldout), "heldout": True}],
             "max_bytes": PIECE,

@@ -14,7 +14,7 @@ import ladder_corpus
 import yaml
 from ladder import RUNGS, Regime, Rung
 
-from fusion import config_file, pipeline, tracking
+from fusion import config_file, hub, pipeline, tracking
 from fusion.artifact import Artifact, digest, read_manifest, write_json
 from fusion.config import Config, Model
 from fusion.corpus import Corpus
@@ -140,6 +140,10 @@ class Lab:
         tasks = [t.out for t in self._tasks(config) if t.out.stage == "capture"]
         return sum(int(read_manifest(out.folder)["facts"]["bytes on disk"]) for out in tasks if out.done())
 
+    def fingerprint(self, folder: Path) -> str:
+        """What tells a model's files."""
+        return digest(hub.fingerprint(folder, self.work / "fingerprints.json"))
+
     def feeds(self, rung: Rung, regime: Regime) -> bool:
         """Whether there is so much text; said once, before anything is trained."""
         try:
@@ -156,7 +160,9 @@ class Lab:
         path = self.work / "measured" / f"{digest([key, asked])}.json"
         found: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
         if half not in found:
-            found[half] = bits_per_byte(Model(str(folder), name), self._made(folder), pieces[half], 8192)
+            found[half] = bits_per_byte(
+                Model(str(folder), name, dtype=ladder.DTYPE), self._made(folder), pieces[half], 8192
+            )
             write_json(path, found)
         return found[half]
 
@@ -168,7 +174,7 @@ class Lab:
         """The share of GSM8K's first test questions that a model answers with the right number."""
         path = self._solved(key)
         if not path.exists():
-            model, task = Model(str(folder), "model"), str(QUESTIONS)
+            model, task = Model(str(folder), "model", dtype=ladder.DTYPE), str(QUESTIONS)
             found = tasks.scores(
                 tasks.manager([task]), [task], model, self._made(folder), limit=self.questions, batch_size=32
             )

@@ -16,7 +16,7 @@ def summed(regime: Regime, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any
     """A regime's lines, in the order of its rungs: of a rung what does best on the half that chooses, at its best rate;
     and at that rate its single targets and merges.
 
-    `bits`: domain, and `mean`, → (mean, spread) over seeds; `choose`: the mean on the other half; `gain`: over the
+    `bits`: domain, and `mean`, → (mean, spread) over `seeds`; `choose`: the mean on the other half; `gain`: over the
     pivot; `times`: the gain as a multiple of label-only training's, None where that has none.
     """
     chosen = [row for row in rows if row["regime"] == regime.name and row["chosen"]]
@@ -36,9 +36,11 @@ def summed(regime: Regime, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any
         cost = {name: mean([run.get(name, 0) for run in runs]) for name in ("positions", "seconds", "cache_bytes")}
         if "solved" in runs[0]:
             cost["solved"] = mean([run["solved"] for run in runs])
-        same = {name: runs[0].get(name) for name in ("rung", "trains", "text", "rate")}
+        same = {name: runs[0].get(name) for name in ("rung", "trains", "text", "rate", "climbed")}
         choose = mean([run["choose"]["mean"] for run in runs])
-        found.append({"label": label, "about": about[label], **same, "choose": choose, "bits": bits, **cost})
+        found.append(
+            {"label": label, "about": about[label], **same, "choose": choose, "bits": bits, "seeds": len(runs), **cost}
+        )
     start = _bits(next(line for line in found if line["label"] == "pivot"))
     of_labels = next((start - _bits(line) for line in found if line["label"] == "labels"), 0.0)
     for line in found:
@@ -80,20 +82,26 @@ def _over(values: Sequence[float]) -> tuple[float, float]:
 
 def table(regime: Regime, rows: Sequence[dict[str, Any]]) -> None:
     """Print a regime's ladder."""
-    columns = ["bits per byte, lower is better", *DOMAINS, "mean", "spread", "gain", "times labels'", "rate"]
+    columns = ["bits per byte, lower is better", *DOMAINS, "mean", "spread", "seeds", "gain", "times labels'", "rate"]
     columns += ["tokens", "s", "cache MB"]
     shown, lines = [], summed(regime, rows)
     asked = any("solved" in line for line in lines)
     columns += ["GSM8K"] if asked else []
     for line in lines:
         bits = [f"{line['bits'][d][0]:.4f}" for d in (*DOMAINS, "mean")]
-        rate = f"{line['rate']:g}" if line["rate"] else "–"
+        rate = f"{line['rate']:g}{'*' if line['climbed'] is False else ''}" if line["rate"] else "–"
         times = "–" if line["times"] is None else f"{line['times']:.2f}"
         cost = [f"{line['positions']:,.0f}", f"{line['seconds']:,.0f}", f"{line['cache_bytes'] / 1e6:,.1f}"]
-        told = [f"{line['bits']['mean'][1]:.4f}", f"{line['gain']:+.4f}", times, rate]
+        spread = f"{line['bits']['mean'][1]:.4f}" if line["seeds"] > 1 else "–"
+        told = [spread, line["seeds"] if line["rate"] else "–", f"{line['gain']:+.4f}", times, rate]
         cost += [f"{line['solved']:.1%}"] if asked else []
         shown.append([line["about"], *bits, *told, *cost])
     common.show(f"{regime.name}: {regime.about}", columns, shown)
+    if any(line["climbed"] is False for line in lines):
+        print("* the next lower or higher learning rate was not tried")
+    begun = {row["begun_at"] for row in rows if row["regime"] == regime.name and "begun_at" in row}
+    if len(begun) > 1:
+        print(f"these began at {len(begun)} pivots, each trained in the same way")
     ours = [line for line in lines if line["label"] in ("joint", "pairwise")]
     if ours and sum(line["trains"] == "control" for line in lines) > 1:
         best = min(ours, key=lambda line: line["choose"])

@@ -123,21 +123,84 @@ def test_held_out_texts_are_halved_whole(ladder: Any) -> None:
     assert corpus.part(rows, 100, last=True)[0] not in corpus.part(rows, 100)
 
 
-def test_learning_rates_are_climbed_until_none_is_better(ladder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    quality = importlib.import_module("quality")
+@pytest.fixture
+def climbing(ladder: Any) -> Any:
+    return importlib.import_module("ladder_climb")
+
+
+def test_learning_rates_are_climbed_until_none_is_better(
+    ladder: Any, climbing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ran: list[tuple[float, int]] = []
 
-    def run(lab: Any, regime: Any, rung: Any, rate: float, seed: int) -> dict[str, Any]:
+    def run(self: Any, regime: Any, rung: Any, rate: float, seed: int) -> dict[str, Any]:
         ran.append((rate, seed))
         return {"rate": rate, "seed": seed, "choose": {"mean": abs(rate - 2e-3)}}
 
-    monkeypatch.setattr(quality, "_run", run)
-    rows = quality.climb(None, ladder.QUICK, ladder.RUNGS["labels"], ladder.RATES, 2)
+    monkeypatch.setattr(climbing.Climber, "run", run)
+    climber = climbing.Climber(None, "a lab")
+    rows = climber.climb(ladder.QUICK, ladder.RUNGS["labels"], ladder.RATES, 2)
     assert ran == [(r, 0) for r in (5e-4, 2.5e-4, 1e-3, 2e-3, 4e-3)] + [(2e-3, 1)]
     assert [(row["rate"], row["seed"]) for row in rows if row["chosen"]] == [(2e-3, 0), (2e-3, 1)]
+    assert all(row["climbed"] for row in rows)
     ran.clear()
-    quality.climb(None, ladder.QUICK, ladder.RUNGS["joint"], [1e-3], 1)
+    climber.climb(ladder.QUICK, ladder.RUNGS["joint"], [1e-3], 1)
     assert ran == [(1e-3, 0)]
+
+
+def test_what_is_recorded_is_not_run_again(
+    ladder: Any, climbing: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[tuple[str, float]] = []
+
+    def figures(mean: float) -> dict[str, Any]:
+        bits = {"math": mean, "code": mean, "prose": mean, "mean": mean}
+        return {"choose": bits, "report": bits}
+
+    def run(lab: Any, regime: Any, rung: Any, rate: float, seed: int, known: dict[str, Any]) -> dict[str, Any]:
+        ran.append((rung.name, rate))
+        models = {"joint": figures(1 + rate)}
+        models |= {name: {**figures(1 + rate / 3), "merge": how} for name, how in rung.merges.items()}
+        return {"models": {**known.get("models", {}), **models}, "targets": ["joint"], "rate": rate, "seed": seed}
+
+    monkeypatch.setattr(climbing, "_run", run)
+    path, regime = tmp_path / "record.jsonl", ladder.TRIAL
+    whole, joint = ladder.RUNGS["joint-whole"], ladder.RUNGS["joint"]
+
+    def climb(rung: Any, lab: str | None) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = climbing.Climber(climbing.Record(path), lab).climb(regime, rung, [5e-4, 1e-3], 1)
+        return rows
+
+    assert [row["rate"] for row in climb(whole, "a lab") if row["chosen"]] == [5e-4]
+    assert sorted(ran) == [("joint-whole", 5e-4), ("joint-whole", 1e-3)]
+    assert climb(joint, None) == []  # trained, but drawn back nowhere
+    (best,) = [row for row in climb(joint, "a lab") if row["chosen"]]
+    assert best["choose"]["mean"] == pytest.approx(1 + 5e-4 / 3, abs=1e-6) and best["rung"] == "joint"
+    assert sorted(ran[2:]) == [("joint", 5e-4), ("joint", 1e-3)]  # the same trainings, found by the lab
+    for lab in ("a lab", None):
+        assert [row["rung"] for row in climb(whole, lab)] == ["joint-whole"] * 2
+        assert climb(joint, lab) == climb(joint, "a lab") and len(ran) == 4
+    assert climb(ladder.RUNGS["labels"], None) == []
+    assert not any(str(tmp_path) in line or str(ROOT) in line for line in path.read_text().splitlines())
+    path.write_text(path.read_text() + "{}\n")
+    with pytest.raises(ValueError, match="record.jsonl, line 5: is no line of a record"):
+        climbing.Record(path)
+
+
+def test_a_best_rate_whose_neighbours_were_not_tried_is_told(
+    ladder: Any, climbing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = {5e-4: 1.0, 1e-3: 2.0}
+
+    def run(self: Any, regime: Any, rung: Any, rate: float, seed: int) -> dict[str, Any] | None:
+        return {"rate": rate, "choose": {"mean": known[rate]}} if rate in known else None
+
+    monkeypatch.setattr(climbing.Climber, "run", run)
+    climber = climbing.Climber(None, None)
+    told = {row["rate"]: row["climbed"] for row in climber.climb(ladder.TRIAL, ladder.RUNGS["joint"], ladder.RATES, 1)}
+    assert told == {5e-4: False, 1e-3: False}
+    known[2.5e-4] = 1.5
+    assert all(row["climbed"] for row in climber.climb(ladder.TRIAL, ladder.RUNGS["joint"], ladder.RATES, 1))
 
 
 def _row(regime: str, rung: str, mean: float, **domains: float) -> dict[str, Any]:
@@ -171,9 +234,9 @@ def test_which_source_helped_where_and_what_more_text_gives(ladder: Any, capsys:
 
 
 def test_a_merge_is_made_where_a_figure_is_asked_for_and_gone_afterwards(
-    ladder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    climbing: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shop, quality = importlib.import_module("ladder_lab"), importlib.import_module("quality")
+    shop = importlib.import_module("ladder_lab")
     lab = object.__new__(shop.Lab)
     lab.work, lab.questions, lab._unmade = tmp_path, 0, {}
     (tmp_path / "measured").mkdir()
@@ -194,9 +257,9 @@ def test_a_merge_is_made_where_a_figure_is_asked_for_and_gone_afterwards(
     monkeypatch.setattr(shop, "merge", merge)
     monkeypatch.setattr(shop, "plan", lambda recipe: recipe)
     monkeypatch.setattr(shop, "bits_per_byte", bits)
-    monkeypatch.setattr(quality.hub, "fingerprint", lambda *_: {"weights": "pivot"})
-    told = quality._merged(lab, config, {"joint": target}, {"method": "linear", "scale": "auto"})
+    monkeypatch.setattr(shop.hub, "fingerprint", lambda *_: {"weights": "pivot"})
+    told = climbing._merged(lab, config, {"joint": target}, {"method": "linear", "scale": "auto"})
     assert told["scale"] == [0.75, 0.5] and told["report"] == {"math": 2.0, "mean": 2.0}
     assert merged[-2:] == [(0.75, 0.5)] * 2 and len(merged) == 10  # once more for the half that reports
-    again = quality._merged(lab, config, {"joint": target}, {"method": "linear", "scale": "auto"})
+    again = climbing._merged(lab, config, {"joint": target}, {"method": "linear", "scale": "auto"})
     assert again == told and len(merged) == 10 and not list((tmp_path / "merged").glob("*"))
