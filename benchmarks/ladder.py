@@ -4,16 +4,62 @@ A regime says from which pivot, on how much text and for how many passes; a rung
 same samples for the same number of steps.
 """
 
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-SOURCES = {"math": "math-seedoss", "code": "code-neox", "prose": "prose-mistral"}
+ROOT = Path(__file__).parents[1]
+DEEPSPEED = ROOT / "configs/deepspeed/zero0.json"
+TEXTS = ("fuse.jsonl", "heldout.jsonl")  # of a zoo
+DOMAINS = ("math", "code", "prose")  # a source each
 RATES = (3.125e-5, 6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
 BATCH = 16
 PIECE = 900  # bytes of a sample at most
-DTYPE: Final = "float32"  # of everything, so that figures of machines with and without bfloat16 stand in one table
+DTYPE = "float32"  # of everything, so that figures of machines with and without bfloat16 stand in one table
+
+
+@dataclass(frozen=True)
+class Zoo:
+    """The models of a ladder, and the type that all of them compute in.
+
+    Attributes:
+        folder: where they are, beside fuse.jsonl and heldout.jsonl.
+        pivot: its folder.
+        sources: domain → folder.
+        dtype: as in a config.
+    """
+
+    folder: Path
+    pivot: Path
+    sources: Mapping[str, Path]
+    dtype: str = DTYPE
+
+    @classmethod
+    def of(cls, folder: Path, dtype: str = DTYPE) -> "Zoo":
+        """The folders in it that are called pivot-… and, by their domains, math-…, code-…, prose-….
+
+        Raises:
+            ValueError: one is missing, or there are two of a kind.
+        """
+        found = {
+            name: sorted(path for path in folder.glob(f"{name}-*") if path.is_dir()) for name in ("pivot", *DOMAINS)
+        }
+        for name, paths in found.items():
+            if len(paths) != 1:
+                raise ValueError(f"{folder}: {len(paths)} folders are called {name}-…, and one is wanted")
+        for name in TEXTS:
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder}: there is no {name}")
+        return cls(folder, found["pivot"][0], {name: found[name][0] for name in DOMAINS}, dtype)
+
+    def seen_from(self, root: Path) -> "Zoo":
+        """The same with paths from `root`."""
+        folder, *models = (
+            Path(os.path.relpath(path, root)) for path in (self.folder, self.pivot, *self.sources.values())
+        )
+        return replace(self, folder=folder, pivot=models[0], sources=dict(zip(self.sources, models[1:], strict=True)))
 
 
 @dataclass(frozen=True)
@@ -38,6 +84,8 @@ REGIMES = {
 }
 TRIAL = Regime("trial", "5 % of the corpus, 12 passes", 0.05, 12)  # where settings are tried, at a third of the time
 LEAST = Regime("least", "1.7 % of the corpus, 12 passes", 0.05 / 3, 12)  # with trial and small-12 a curve over tokens
+MIXTURE = Regime("mixture", "the training of the converged pivot", 0, 1)  # on other text, 2.5 MB of each domain
+MIXTURE_RATE = 1e-3
 QUICK = Regime("quick", "3 % of the corpus, 3 passes", 0.03, 3)
 QUICK_RATE = 3e-4
 
@@ -58,7 +106,7 @@ class Rung:
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     merges: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     times: float = 1.0
-    sources: tuple[str, ...] = tuple(SOURCES)
+    sources: tuple[str, ...] = DOMAINS
     begin: float = 1e-3
 
 
@@ -72,7 +120,7 @@ def _as_published(procedure: str) -> dict[str, Any]:
 
 
 def _without(left: str) -> tuple[str, ...]:
-    return tuple(name for name in SOURCES if name != left)
+    return tuple(name for name in DOMAINS if name != left)
 
 
 OURS: dict[str, dict[str, Any]] = {"distill": {"label_weight": 0.3, "pivot": "teach"}}  # beside what are defaults
@@ -120,7 +168,7 @@ RUNGS = {
             Rung(
                 f"joint-no-{left}", f"ours, joint, without {left}", "joint", _ours(), DRAWN_BACK, sources=_without(left)
             )
-            for left in SOURCES
+            for left in DOMAINS
         ),
     )
 }
@@ -184,8 +232,7 @@ TRIALS = {
 def tree(
     rung: Rung,
     regime: Regime,
-    pivot: Path,
-    zoo: Path,
+    zoo: Zoo,
     corpus: Path,
     heldout: Path,
     out: Path,
@@ -196,8 +243,6 @@ def tree(
     """A run's config, as YAML holds it.
 
     Args:
-        pivot: its folder.
-        zoo: where the sources are.
         corpus: JSON lines to train on.
         heldout: JSON lines to measure on.
         out: where all runs write; what they share is made once.
@@ -214,14 +259,14 @@ def tree(
         "keep": "last",
         "too_long": "skip",
         "deepspeed": str(deepspeed),
-        "dtype": DTYPE,
+        "dtype": zoo.dtype,
     }
     common: dict[str, Any] = {
         "name": f"{regime.name}-{rung.name}",
         "out": str(out),
         "seed": seed,
-        "pivot": {"model": str(pivot), "dtype": DTYPE},
-        "sources": [{"name": name, "model": str(zoo / SOURCES[name]), "dtype": DTYPE} for name in rung.sources],
+        "pivot": {"model": str(zoo.pivot), "dtype": zoo.dtype},
+        "sources": [{"name": name, "model": str(zoo.sources[name]), "dtype": zoo.dtype} for name in rung.sources],
         "prepare": {
             "data": [{"data": str(corpus)}, {"data": str(heldout), "heldout": True}],
             "max_bytes": PIECE,

@@ -7,10 +7,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import ladder
 import ladder_record
-from ladder import RATES, RUNGS, Regime, Rung
-from ladder_lab import PIECES, ZOO, Lab
+from ladder import DOMAINS, RATES, RUNGS, Regime, Rung, Zoo
+from ladder_lab import PIECES, Lab
 from ladder_record import Record, Row
 
 from fusion import pipeline, tracking
@@ -24,10 +23,12 @@ class Climber:
     """Runs rungs, each run once.
 
     Attributes:
+        zoo: the models.
         record: what is known.
         lab: where the rest is trained; None trains nothing, and what is not recorded is left out.
     """
 
+    zoo: Zoo
     record: Record
     lab: Lab | None
 
@@ -62,26 +63,31 @@ class Climber:
 
     def run(self, regime: Regime, rung: Rung, rate: float, seed: int) -> Row | None:
         """One run; None where it is not recorded and nothing may be trained."""
-        made = ladder_record.config(rung, regime, seed, rate)
-        key = self.record.key(regime, [rung.trains, {**made, "name": None}])
+        key = self.record.of_run(rung, regime, seed, rate)
         row = self.record.get(key)
         known = row["models"] if row else {}
         if row is None or any(known.get(name, {}).get("merge") != how for name, how in rung.merges.items()):
             if self.lab is None:
                 return None
-            row = self.record.add(key, {**_run(self.lab, regime, rung, rate, seed, row or {}), "config": made})
+            row = self.record.add(
+                key,
+                {
+                    **_run(self.lab, regime, rung, rate, seed, row or {}),
+                    "config": ladder_record.config(self.zoo, rung, regime, seed, rate),
+                },
+            )
         return _seen(regime, rung, row)
 
     def untrained(self, regime: Regime) -> list[Row]:
         """The pivot and the sources as they are."""
         rows = []
-        for name in ("pivot", *ladder.SOURCES):
-            key = self.record.key(regime, name)
+        for name in ("pivot", *DOMAINS):
+            key = self.record.of_model(regime, name)
             row = self.record.get(key)
             if row is None and self.lab is not None:
                 row = self.record.add(key, _untrained(self.lab, regime, name))
             if row is not None:
-                rows.append({**row, "chosen": True})
+                rows.append({**row, "regime": regime.name, "chosen": True})
         return rows
 
 
@@ -151,8 +157,8 @@ def _measured(lab: Lab, config: Config, name: str, folder: Path, key: str) -> Ro
 def _untrained(lab: Lab, regime: Regime, name: str) -> Row:
     config = lab.config(RUNGS["labels"], regime, 0, RATES[0])
     pipeline.run(config, only=["prepare"])
-    folder = Path(config.pivot.model) if name == "pivot" else ZOO / ladder.SOURCES[name]
+    folder = Path(config.pivot.model) if name == "pivot" else lab.zoo.sources[name]
     about = "the pivot" if name == "pivot" else f"source {name}"
     told = _of_folder(lab, config, name, folder)
     begun = {"begun_at": lab.fingerprint(folder)} if name == "pivot" else {}
-    return {"regime": regime.name, "rung": name, "about": about, "seed": 0, **told, **begun}
+    return {"rung": name, "about": about, "seed": 0, **told, **begun}

@@ -12,7 +12,7 @@ import common
 import ladder
 import ladder_corpus
 import yaml
-from ladder import RUNGS, Regime, Rung
+from ladder import DEEPSPEED, MIXTURE, MIXTURE_RATE, ROOT, RUNGS, Regime, Rung, Zoo
 
 from fusion import config_file, hub, pipeline, tracking
 from fusion.artifact import Artifact, digest, read_manifest, write_json
@@ -26,11 +26,8 @@ from fusion.merge.stage import scaled
 from fusion.records import Sample
 from fusion.release import tasks
 
-ZOO = common.SHARED / "zoo"
-PIVOT = ZOO / "pivot-llama"
-DEEPSPEED = Path(__file__).parents[1] / "configs/deepspeed/zero0.json"
 CONVERGED_BYTES = 2_500_000  # of each domain, that the converged pivot reads first
-QUESTIONS = Path(__file__).parents[1] / "configs/tasks/gsm8k_shared.yaml"
+QUESTIONS = ROOT / "configs/tasks/gsm8k_shared.yaml"
 PIECES = {"choose": 50, "report": 100}  # of each domain, from other held-out texts each
 
 
@@ -39,14 +36,15 @@ class Lab:
 
     Args:
         work: where everything is kept.
+        zoo: the models, and the texts to fuse on and to measure on.
         quick: fewer held-out pieces.
         questions: of GSM8K that every model is asked.
     """
 
-    def __init__(self, work: Path, quick: bool, questions: int = 0):
-        self.work, self._quick, self.questions = work, quick, questions
-        self._fuse = ladder_corpus.read(ZOO / "fuse.jsonl")
-        self._heldout = ladder_corpus.read(ZOO / "heldout.jsonl")
+    def __init__(self, work: Path, zoo: Zoo, quick: bool, questions: int = 0):
+        self.work, self.zoo, self._quick, self.questions = work, zoo, quick, questions
+        self._fuse = ladder_corpus.read(zoo.folder / "fuse.jsonl")
+        self._heldout = ladder_corpus.read(zoo.folder / "heldout.jsonl")
         self._halves = ladder_corpus.halved(self._heldout, tuple(PIECES))
         self._more: ladder_corpus.Rows | None = None
         self._pieces: dict[str, list[Sample]] = {}
@@ -54,7 +52,7 @@ class Lab:
 
     def config(self, rung: Rung, regime: Regime, seed: int, rate: float) -> Config:
         """The config of a run, written down under `work`."""
-        pivot = self.converged() if regime.converged else PIVOT
+        pivot = self.converged() if regime.converged else self.zoo.pivot
         return self._written(rung, regime, seed, rate, pivot, self._corpus(regime.share * rung.times))
 
     def written(self, rung: Rung, regime: Regime, seed: int, rate: float) -> Path:
@@ -64,7 +62,8 @@ class Lab:
     def _written(self, rung: Rung, regime: Regime, seed: int, rate: float, pivot: Path, corpus: Path) -> Config:
         heldout, out = self.work / "heldout.jsonl", self.work / "runs"
         ladder_corpus.write(heldout, self._halves)
-        holds = ladder.tree(rung, regime, pivot, ZOO, corpus, heldout, out, seed, rate, DEEPSPEED)
+        zoo = replace(self.zoo, pivot=pivot)
+        holds = ladder.tree(rung, regime, zoo, corpus, heldout, out, seed, rate, DEEPSPEED)
         path = self.written(rung, regime, seed, rate)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump(holds, sort_keys=False))
@@ -86,8 +85,7 @@ class Lab:
         mixture = ladder_corpus.write(
             self.work / "mixture.jsonl", ladder_corpus.part(self._others(), CONVERGED_BYTES, last=True)
         )
-        once = Regime("mixture", "the converged pivot", 1.0, 1)
-        config = self._written(RUNGS["labels"], once, 0, 1e-3, PIVOT, mixture)
+        config = self._written(RUNGS["labels"], MIXTURE, 0, MIXTURE_RATE, self.zoo.pivot, mixture)
         (target,) = self.targets(config, RUNGS["labels"]).values()
         return target.folder / "model"
 
@@ -160,11 +158,12 @@ class Lab:
         path = self.work / "measured" / f"{digest([key, asked])}.json"
         found: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
         if half not in found:
-            found[half] = bits_per_byte(
-                Model(str(folder), name, dtype=ladder.DTYPE), self._made(folder), pieces[half], 8192
-            )
+            found[half] = bits_per_byte(self._model(folder, name), self._made(folder), pieces[half], 8192)
             write_json(path, found)
         return found[half]
+
+    def _model(self, folder: Path, name: str) -> Model:
+        return Model(str(folder), name, dtype=self.zoo.dtype)  # type: ignore[arg-type]
 
     def _solved(self, key: str) -> Path:
         how = [QUESTIONS.read_text(), QUESTIONS.with_suffix(".py").read_text()]
@@ -174,7 +173,7 @@ class Lab:
         """The share of GSM8K's first test questions that a model answers with the right number."""
         path = self._solved(key)
         if not path.exists():
-            model, task = Model(str(folder), "model", dtype=ladder.DTYPE), str(QUESTIONS)
+            model, task = self._model(folder, "model"), str(QUESTIONS)
             found = tasks.scores(
                 tasks.manager([task]), [task], model, self._made(folder), limit=self.questions, batch_size=32
             )

@@ -7,51 +7,61 @@ same config, is not trained again.
 import fcntl
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ladder
-from ladder import Regime, Rung
+from ladder import DEEPSPEED, MIXTURE, MIXTURE_RATE, ROOT, RUNGS, Regime, Rung, Zoo
 from ladder_lab import PIECES
+from pydantic import TypeAdapter
 
+from fusion import hub, pipeline
 from fusion.artifact import digest
-from fusion.pipeline import STAGES
+from fusion.config import Config
 
 HERE = Path(__file__).parent / "quality.jsonl"
-_READ = ("prepare", "capture", "align", "distill")  # stages whose results a run rests on
 Row = dict[str, Any]
 
 
-def config(rung: Rung, regime: Regime, seed: int, rate: float) -> Row:
+def config(zoo: Zoo, rung: Rung, regime: Regime, seed: int, rate: float) -> Row:
     """A run's config as the record holds it: with names in place of one machine's paths."""
+    seen = zoo.seen_from(ROOT)
     return ladder.tree(
         rung,
         regime,
-        pivot=Path("the converged pivot" if regime.converged else "../shared/zoo/pivot-llama"),
-        zoo=Path("../shared/zoo"),
+        replace(seen, pivot=Path("the converged pivot")) if regime.converged else seen,
         corpus=Path(f"corpus-{regime.share * rung.times:g}.jsonl"),
         heldout=Path("heldout.jsonl"),
         out=Path("runs"),
         seed=seed,
         rate=rate,
-        deepspeed=Path("configs/deepspeed/zero0.json"),
+        deepspeed=DEEPSPEED.relative_to(ROOT),
     )
 
 
 class Record:
     """Runs by what made them.
 
+    A run's key is made of what the pipeline would name its targets by, the stages' formats included: what would be
+    trained again in a run folder is measured again here.
+
     Args:
         path: its file, which need not be there; None keeps nothing.
+        zoo: the models.
+        memory: a JSON file that remembers hashes.
         questions: of GSM8K that every model is asked.
 
     Raises:
         ValueError: the file holds something else.
     """
 
-    def __init__(self, path: Path | None, questions: int = 0):
-        self._path = path
-        self._how = {"pieces": PIECES, "questions": questions, "formats": {name: STAGES[name][1] for name in _READ}}
+    def __init__(self, path: Path | None, zoo: Zoo, memory: Path, questions: int = 0):
+        self._path, self._zoo = path, zoo
+        models = {"pivot": zoo.pivot, **zoo.sources}
+        self._prints = {name: hub.fingerprint(folder, memory) for name, folder in models.items()}
+        self._fuse, heldout = (hub.fingerprint_data(str(zoo.folder / name), memory) for name in ladder.TEXTS)
+        self._how = {"heldout": heldout, "pieces": PIECES, "questions": questions, "dtype": zoo.dtype}
         self._rows: dict[str, Row] = {}
         if path is not None and path.exists():
             for number, line in enumerate(path.read_text().splitlines(), 1):
@@ -61,9 +71,30 @@ class Record:
                 except (ValueError, KeyError, TypeError):
                     raise ValueError(f"{path}, line {number}: is no line of a record: {line[:40]!r}") from None
 
-    def key(self, regime: Regime, made: object) -> str:
-        """What a run, or an untrained model's measurement, is found by."""
-        return digest([regime.name, made, self._how])
+    def of_run(self, rung: Rung, regime: Regime, seed: int, rate: float) -> str:
+        """What a run is found by."""
+        return digest([self._how, self._targets(rung, regime, seed, rate)])
+
+    def of_model(self, regime: Regime, name: str) -> str:
+        """What the measurement of the pivot, or of a source, is found by."""
+        return digest([self._how, self._read(regime)[name]])
+
+    def _targets(self, rung: Rung, regime: Regime, seed: int, rate: float) -> list[str]:
+        tree = config(self._zoo, rung, regime, seed, rate)
+        made = TypeAdapter(Config).validate_json(json.dumps(tree), strict=True)
+        made = replace(made, distill=replace(made.distill, deepspeed=str(DEEPSPEED)))
+        folders = {model.name: Path(model.model) for model in (made.pivot, *made.sources)}
+        texts = [digest([self._fuse, regime.share * rung.times]), str(self._how["heldout"])]
+        tasks = pipeline.plan(made, pipeline.Found(folders, self._read(regime), texts))
+        wanted = [t.out for t in tasks if t.out.stage == "distill"]
+        return sorted(a.key for a in wanted if (a.subject == "control") == (rung.trains == "control"))
+
+    def _read(self, regime: Regime) -> dict[str, dict[str, str]]:
+        """The prints of the models of a regime; that of the converged pivot tells its training."""
+        if not regime.converged:
+            return self._prints
+        trained = {"weights": digest(self._targets(RUNGS["labels"], MIXTURE, 0, MIXTURE_RATE))}
+        return {**self._prints, "pivot": {**self._prints["pivot"], **trained}}
 
     def get(self, key: str) -> Row | None:
         """What is recorded; None where nothing is."""

@@ -7,9 +7,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import common
-from ladder import Regime
-
-DOMAINS = ("math", "code", "prose")
+from ladder import DOMAINS, Regime
 
 
 def summed(regime: Regime, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -19,12 +19,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import common
-import ladder
 import ladder_record
 import ladder_show
-from ladder import LEAST, QUICK, QUICK_RATE, RATES, REGIMES, RUNGS, TRIAL, TRIALS, Regime, Rung
+from ladder import DOMAINS, DTYPE, LEAST, QUICK, QUICK_RATE, RATES, REGIMES, RUNGS, TRIAL, TRIALS, Regime, Rung, Zoo
 from ladder_climb import Climber
-from ladder_lab import QUESTIONS, ZOO, Lab
+from ladder_lab import QUESTIONS, Lab
 from ladder_record import Record, Row
 
 from fusion import cluster, tracking
@@ -59,20 +58,25 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", type=float, default=list(RATES), help="learning rates it may take")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--questions", type=int, default=0, help="of GSM8K that every model is asked")
-    parser.add_argument("--work", type=Path, default=Path("build/quality"), help="folder that keeps everything")
+    parser.add_argument(
+        "--zoo", type=Path, default=common.SHARED / "zoo", help="pivot-…, math-…, code-…, prose-…, and the texts"
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=DTYPE, help="that all models compute in")
+    parser.add_argument("--work", type=Path, help="folder that keeps what is trained; default: build/quality[-ZOO]")
     parser.add_argument("--record", type=Path, default=ladder_record.HERE, help="figures of all runs, added to")
     parser.add_argument("--recorded", action="store_true", help="train nothing, show what --record has")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures to a file")
     parser.add_argument("--plot", type=Path, metavar="OUT", help="draw the ladder into a picture")
     given = common.parsed(parser)
+    zoo = Zoo.of(given.zoo.resolve(), given.dtype)
+    if given.work is None:
+        given.work = Path("build/quality" + (f"-{given.zoo.name}" if given.zoo != parser.get_default("zoo") else ""))
     if given.quick and given.recorded:
         raise ValueError("--quick shows that training works: not with --recorded")
     if given.recorded and not given.record.is_file():
         raise ValueError(f"--record {given.record}: there is no such file")
     if not given.record.resolve().parent.is_dir():
         raise ValueError(f"--record {given.record}: there is no folder {given.record.resolve().parent}")
-    if not (given.recorded or ZOO.is_dir()):
-        raise ValueError(f"{ZOO} is not there; the ladder needs the shared models and texts")
     if given.questions < 0:
         raise ValueError(f"--questions {given.questions}: must be at least 0")
     if given.questions:
@@ -83,24 +87,29 @@ def main() -> None:
     rates, seeds = ([QUICK_RATE], 1) if given.quick else (given.rates, given.seeds)
     if given.quick:
         given.rungs = [name for name in given.rungs if _quick(ALL_RUNGS[name])]
-    _climb_all(given, regimes, rates, seeds)
+    _climb_all(given, zoo, regimes, rates, seeds)
 
 
 def _quick(rung: Rung) -> bool:
     """Whether there is time for a rung in quick mode."""
-    return rung.times in (1, 10) and len(rung.sources) == len(ladder.SOURCES)
+    return rung.times in (1, 10) and len(rung.sources) == len(DOMAINS)
 
 
-def _climb_all(given: argparse.Namespace, regimes: Sequence[Regime], rates: Sequence[float], seeds: int) -> None:
+def _climb_all(
+    given: argparse.Namespace, zoo: Zoo, regimes: Sequence[Regime], rates: Sequence[float], seeds: int
+) -> None:
     _quieten()
-    record = Record(None if given.quick else given.record, given.questions)
+    given.work.mkdir(parents=True, exist_ok=True)
+    known = None if given.quick else given.record
+    record = Record(known, zoo, given.work / "fingerprints.json", given.questions)
     if given.recorded:
-        _show(given, regimes, rates, seeds, Climber(record, None))
+        _show(given, regimes, rates, seeds, Climber(zoo, record, None))
         return
     cluster.start()
     try:
         begun = time.monotonic()
-        _show(given, regimes, rates, seeds, Climber(record, Lab(given.work.resolve(), given.quick, given.questions)))
+        lab = Lab(given.work.resolve(), zoo, given.quick, given.questions)
+        _show(given, regimes, rates, seeds, Climber(zoo, record, lab))
         tracking.say(f"{time.monotonic() - begun:.0f} s in all")
     finally:
         cluster.stop()
