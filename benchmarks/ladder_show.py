@@ -1,8 +1,7 @@
-"""The quality ladder as a table and as a picture."""
+"""The quality ladder as tables."""
 
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
@@ -45,6 +44,48 @@ def summed(regime: Regime, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any
         line["gain"] = start - _bits(line)
         line["times"] = line["gain"] / of_labels if of_labels > 0 else None
     return found
+
+
+def in_short(regime: Regime, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of a regime's lines the pivot, what each rung comes to, and the best target of those that train several."""
+    lines = [line for line in summed(regime, rows) if line["rung"] not in DOMAINS]
+    found = []
+    for line in lines:
+        targets = [
+            one for one in lines if one["label"].startswith(f"{line['label']}/") and " · target " in one["about"]
+        ]
+        if len(targets) > 1 and line["label"] == line["rung"]:
+            best = min(targets, key=lambda one: float(one["choose"]))
+            found.append({**best, "label": f"{line['label']}/target", "about": f"{line['about']} · best target"})
+        if line["label"] == line["rung"]:
+            found.append(line)
+    return found
+
+
+def overview(regimes: Sequence[Regime], rows: Sequence[dict[str, Any]]) -> str:
+    """All regimes in one Markdown table, a line a rung: bits per byte, spread over seeds, gain over the pivot, and that
+    as a multiple of label-only training's. The best of a regime, by the half that chooses, is in bold.
+    """
+    columns = [in_short(regime, rows) for regime in regimes]
+    about = {line["label"]: line["about"] for lines in columns for line in lines}
+    told = ["| | " + " | ".join(f"{regime.name}: {regime.about}" for regime in regimes) + " |"]
+    told.append("|---" * (len(regimes) + 1) + "|")
+    for label, name in about.items():
+        cells = []
+        for lines in columns:
+            line = next((line for line in lines if line["label"] == label), None)
+            cells.append(_cell(line, line is min(lines, key=lambda one: float(one["choose"]))) if line else "")
+        told.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(told) + "\n"
+
+
+def _cell(line: dict[str, Any], best: bool) -> str:
+    bits, spread = line["bits"]["mean"]
+    told = f"**{bits:.4f}**" if best else f"{bits:.4f}"
+    told += f" ± {spread:.4f}" if line["seeds"] > 1 else ""
+    if not line["rate"]:
+        return told
+    return told + f", {line['gain']:+.4f}" + (f", {line['times']:.2f}×" if line["times"] is not None else "")
 
 
 def texts_needed(lines: Sequence[dict[str, Any]], bits: float) -> tuple[float, bool]:
@@ -145,49 +186,3 @@ def curve(regimes: Sequence[Regime], rows: Sequence[dict[str, Any]]) -> None:
 
 def _bits(line: dict[str, Any]) -> float:
     return float(line["bits"]["mean"][0])
-
-
-def _colour(label: str) -> str:
-    """Grey for what fuses nothing, orange for what was published, blue for ours."""
-    if label.startswith(("pivot", "labels")):
-        return "#7f7f7f"
-    return "#d9822b" if label.startswith("fuse") else "#1f77b4"
-
-
-def picture(path: Path, regimes: Sequence[Regime], rows: Sequence[dict[str, Any]]) -> None:
-    """The mean over domains with its spread over seeds, a panel a regime; a line at the pivot."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels = [summed(regime, rows) for regime in regimes]
-    panels = [[line for line in lines if not line["about"].startswith("source ")] for lines in panels]
-    tallest = max(len(lines) for lines in panels)
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(7 * len(panels), 0.34 * tallest + 1.4), squeeze=False, layout="constrained"
-    )
-    for axis, regime, lines in zip(axes[0], regimes, panels, strict=True):
-        values, spread = ([line["bits"]["mean"][n] for line in lines] for n in (0, 1))
-        at = range(len(lines))
-        for y, line in zip(at, lines, strict=True):  # points, and no bars: these would have to begin at 0
-            axis.errorbar(values[y], y, xerr=spread[y], fmt="o", markersize=5, capsize=3, color=_colour(line["label"]))
-            axis.annotate(
-                f"{values[y]:.4f}",
-                (values[y] + spread[y], y),
-                (6, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=7,
-            )
-        axis.axvline(values[0], color="#bbbbbb", linewidth=0.8, zorder=0)
-        axis.set_yticks(at, [line["about"] for line in lines], fontsize=8)
-        axis.invert_yaxis()
-        room = 0.15 * (max(values) - min(values)) or 0.01
-        axis.set_xlim(min(values) - room, max(values) + 2 * room)
-        axis.set_title(regime.about, fontsize=9)
-        axis.set_xlabel("bits per byte, mean over domains")
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    print(f"picture in {path}")

@@ -8,7 +8,7 @@ Every rung of a regime begins at the same pivot and sees the same samples for th
 learning rate that does best at the first seed on one half of the held-out pieces; what is reported is the other half.
 Every run's figures go to --record with the config that made them, and a run found there is not made again; what is
 trained is kept under --work, so that a run that was cut off goes on. The figures of the rungs asked for go to --json,
-the table's picture to --plot.
+one table of all regimes to --markdown, their picture to --plot.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import common
+import ladder_picture
 import ladder_record
 import ladder_show
 from ladder import DOMAINS, DTYPE, LEAST, QUICK, QUICK_RATE, RATES, REGIMES, RUNGS, TRIAL, TRIALS, Regime, Rung, Zoo
@@ -66,6 +67,7 @@ def main() -> None:
     parser.add_argument("--record", type=Path, default=ladder_record.HERE, help="figures of all runs, added to")
     parser.add_argument("--recorded", action="store_true", help="train nothing, show what --record has")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures to a file")
+    parser.add_argument("--markdown", type=Path, metavar="OUT", help="write one table of all regimes to a file")
     parser.add_argument("--plot", type=Path, metavar="OUT", help="draw the ladder into a picture")
     given = common.parsed(parser)
     zoo = Zoo.of(given.zoo.resolve(), given.dtype)
@@ -75,8 +77,10 @@ def main() -> None:
         raise ValueError("--quick shows that training works: not with --recorded")
     if given.recorded and not given.record.is_file():
         raise ValueError(f"--record {given.record}: there is no such file")
-    if not given.record.resolve().parent.is_dir():
-        raise ValueError(f"--record {given.record}: there is no folder {given.record.resolve().parent}")
+    for name in ("record", "markdown", "plot"):
+        path = getattr(given, name)
+        if path is not None and not path.resolve().parent.is_dir():
+            raise ValueError(f"--{name} {path}: there is no folder {path.resolve().parent}")
     if given.questions < 0:
         raise ValueError(f"--questions {given.questions}: must be at least 0")
     if given.questions:
@@ -136,8 +140,11 @@ def _show(
     if not shown:
         raise ValueError(f"--record {given.record}: has nothing of {', '.join(r.name for r in regimes)}")
     ladder_show.curve(shown, rows)
+    if given.markdown:
+        given.markdown.write_text(ladder_show.overview(shown, rows))
+        print(f"table in {given.markdown}")
     if given.plot:
-        ladder_show.picture(given.plot, shown, rows)
+        ladder_picture.picture(given.plot, shown, rows)
 
 
 def _quieten() -> None:

@@ -81,16 +81,17 @@ def test_parts_of_the_corpus(ladder: Any, tmp_path: Path) -> None:
     ]
 
 
+def _bits(mean: float) -> dict[str, dict[str, float]]:
+    return {h: {"math": mean, "code": mean, "prose": mean, "mean": mean} for h in ("report", "choose")}
+
+
 def test_sums_over_seeds(ladder: Any) -> None:
     show = importlib.import_module("ladder_show")
 
-    def bits(mean: float) -> dict[str, dict[str, float]]:
-        return {h: {"math": mean, "code": mean, "prose": mean, "mean": mean} for h in ("report", "choose")}
-
     def run(rung: str, mean: float, chosen: bool = True, **more: Any) -> dict[str, Any]:
-        return {"regime": "quick", "rung": rung, "about": rung, "chosen": chosen, "rate": 1e-3, **bits(mean), **more}
+        return {"regime": "quick", "rung": rung, "about": rung, "chosen": chosen, "rate": 1e-3, **_bits(mean), **more}
 
-    models = {"a": bits(2.2), "b": bits(2.3), "average": bits(2.0)}
+    models = {"a": _bits(2.2), "b": _bits(2.3), "average": _bits(2.0)}
     rows = [run("pivot", 2.4), run("labels", 2.3), run("labels", 2.2), run("labels", 1.0, chosen=False)]
     rows.append(run("pairwise", 2.0, models=models, targets=["a", "b"]))
     lines = {line["label"]: line for line in show.summed(ladder.QUICK, rows)}
@@ -136,6 +137,30 @@ def test_trials_and_rungs_without_a_source(ladder: Any, tmp_path: Path) -> None:
     assert not set(ladder.TRIALS) & set(ladder.RUNGS)
 
 
+def test_all_regimes_in_one_table_and_one_picture(ladder: Any, tmp_path: Path) -> None:
+    show, draw = importlib.import_module("ladder_show"), importlib.import_module("ladder_picture")
+    rows = [_row("trial", "pivot", 2.4, rate=None), _row("trial", "math", 3.0, rate=None)]
+    rows += [_row("trial", "labels", 2.375), _row("trial", "labels", 2.37501)]
+    rows.append(_row("trial", "pairwise", 2.25))
+    kinds = {"math": 2.375, "code": 2.26, "average": 2.25}
+    rows[-1] |= {
+        "models": {name: _bits(bits) for name, bits in kinds.items()},
+        "targets": ["math", "code"],
+    }
+    rows += [_row("least", "pivot", 2.4, rate=None), _row("least", "joint", 2.3)]
+    regimes = [ladder.TRIAL, ladder.LEAST]
+    assert [line.split(" | ")[:2] for line in show.overview(regimes, rows).splitlines()[2:]] == [
+        ["| the pivot", "2.4000"],
+        ["| labels", "2.3750 ± 0.0000, +0.0250, 1.00×"],
+        ["| pairwise · best target", "2.2600, +0.1400, 5.60×"],
+        ["| pairwise", "**2.2500**, +0.1500, 6.00×"],
+        ["| joint", ""],
+    ]
+    assert show.overview(regimes, rows).splitlines()[-1].endswith("| **2.3000**, +0.1000 |")
+    draw.picture(tmp_path / "ladder.png", regimes, rows)
+    assert (tmp_path / "ladder.png").stat().st_size > 10_000
+
+
 def test_held_out_texts_are_halved_whole(ladder: Any) -> None:
     corpus = importlib.import_module("ladder_corpus")
     rows = [{"domain": d, "text": f"{d} {n}"} for d in ("math", "code", "prose") for n in range(300)]
@@ -176,14 +201,10 @@ def test_what_is_recorded_is_not_run_again(
 ) -> None:
     ran: list[tuple[str, float]] = []
 
-    def figures(mean: float) -> dict[str, Any]:
-        bits = {"math": mean, "code": mean, "prose": mean, "mean": mean}
-        return {"choose": bits, "report": bits}
-
     def run(lab: Any, regime: Any, rung: Any, rate: float, seed: int, known: dict[str, Any]) -> dict[str, Any]:
         ran.append((rung.name, rate))
-        models = {"joint": figures(1 + rate)}
-        models |= {name: {**figures(1 + rate / 3), "merge": how} for name, how in rung.merges.items()}
+        models = {"joint": _bits(1 + rate)}
+        models |= {name: {**_bits(1 + rate / 3), "merge": how} for name, how in rung.merges.items()}
         return {"models": {**known.get("models", {}), **models}, "targets": ["joint"], "rate": rate, "seed": seed}
 
     monkeypatch.setattr(climbing, "_run", run)
@@ -227,9 +248,10 @@ def test_a_best_rate_whose_neighbours_were_not_tried_is_told(
     assert all(row["climbed"] for row in climber.climb(ladder.TRIAL, ladder.RUNGS["joint"], ladder.RATES, 1))
 
 
-def _row(regime: str, rung: str, mean: float, **domains: float) -> dict[str, Any]:
+def _row(regime: str, rung: str, mean: float, rate: float | None = 1e-3, **domains: float) -> dict[str, Any]:
     bits = {"math": mean, "code": mean, "prose": mean, "mean": mean} | domains
-    told = {"regime": regime, "rung": rung, "about": rung, "chosen": True, "positions": 1000 * mean, "rate": 1e-3}
+    about = "the pivot" if rung == "pivot" else rung
+    told = {"regime": regime, "rung": rung, "about": about, "chosen": True, "positions": 1000 * mean, "rate": rate}
     return {**told, "choose": bits, "report": bits}
 
 
