@@ -76,13 +76,32 @@ def overview(regimes: Sequence[Regime], rows: Sequence[dict[str, Any]]) -> str:
             line = next((line for line in lines if line["label"] == label), None)
             cells.append(_cell(line, line is min(lines, key=lambda one: float(one["choose"]))) if line else "")
         told.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(told) + "\n"
+    told += ["", *(f"- {regime.name}: {note}" for regime in regimes for note in _notes(regime, rows))]
+    return "\n".join(told).rstrip() + "\n"
+
+
+def _notes(regime: Regime, rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What a reader of a regime's figures has to know besides."""
+    lines, told = summed(regime, rows), []
+    if any(line["climbed"] is False for line in lines):
+        told.append("* the next lower or higher learning rate was not tried")
+    begun = {row["begun_at"] for row in rows if row["regime"] == regime.name and "begun_at" in row}
+    if len(begun) > 1:
+        told.append(f"these began at {len(begun)} pivots, each trained in the same way")
+    ours = [line for line in lines if line["label"] in ("joint", "pairwise")]
+    if ours and any(line["trains"] == "control" and line["text"] > 1 for line in lines):
+        best = min(ours, key=lambda line: float(line["choose"]))
+        times, found = texts_needed(lines, _bits(best))
+        needs = f"{times:.1f} times the text" if found else f"more than {times:g} times the text"
+        told.append(f"label-only training needs {needs} to reach {best['about']} ({_bits(best):.4f})")
+    return told
 
 
 def _cell(line: dict[str, Any], best: bool) -> str:
     bits, spread = line["bits"]["mean"]
     told = f"**{bits:.4f}**" if best else f"{bits:.4f}"
     told += f" ± {spread:.4f}" if line["seeds"] > 1 else ""
+    told += r"\*" if line["climbed"] is False else ""
     if not line["rate"]:
         return told
     return told + f", {line['gain']:+.4f}" + (f", {line['times']:.2f}×" if line["times"] is not None else "")
@@ -136,17 +155,8 @@ def table(regime: Regime, rows: Sequence[dict[str, Any]]) -> None:
         cost += [f"{line['solved']:.1%}"] if asked else []
         shown.append([line["about"], *bits, *told, *cost])
     common.show(f"{regime.name}: {regime.about}", columns, shown)
-    if any(line["climbed"] is False for line in lines):
-        print("* the next lower or higher learning rate was not tried")
-    begun = {row["begun_at"] for row in rows if row["regime"] == regime.name and "begun_at" in row}
-    if len(begun) > 1:
-        print(f"these began at {len(begun)} pivots, each trained in the same way")
-    ours = [line for line in lines if line["label"] in ("joint", "pairwise")]
-    if ours and sum(line["trains"] == "control" for line in lines) > 1:
-        best = min(ours, key=lambda line: line["choose"])
-        times, found = texts_needed(lines, _bits(best))
-        told = f"{times:.1f} times the text" if found else f"more than {times:g} times the text"
-        print(f"label-only training needs {told} to reach {best['about']} ({_bits(best):.4f})")
+    for note in _notes(regime, rows):
+        print(note)
 
 
 def helped(regime: Regime, rows: Sequence[dict[str, Any]]) -> None:
