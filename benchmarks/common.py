@@ -229,9 +229,20 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
     Console(width=None if os.isatty(1) else 160).print(table)
 
 
+def machine() -> dict[str, Any]:
+    """What figures are taken on: the processor as it calls itself and what torch uses of it, cores, GPU."""
+    import torch
+
+    info = Path("/proc/cpuinfo")
+    told = info.read_text() if info.is_file() else ""
+    names = [line.partition(":")[2].strip() for line in told.splitlines() if line.startswith("model name")]
+    processor = names[0] if names else platform.processor() or platform.machine()
+    found = {"processor": f"{processor}, {torch.backends.cpu.get_cpu_capability()}", "cores": os.cpu_count()}
+    return {**found, "gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else found
+
+
 def write(path: Path | None, figures: Any) -> None:
     """Write figures as JSON, with what they were taken on."""
     if path is not None:
-        told = {"machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}}
-        path.write_text(json.dumps({**told, "figures": figures}, indent=1) + "\n")
+        path.write_text(json.dumps({"machine": machine(), "figures": figures}, indent=1) + "\n")
         print(f"figures in {path}")

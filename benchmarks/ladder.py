@@ -4,7 +4,6 @@ A regime says from which pivot, on how much text and for how many passes; a rung
 same samples for the same number of steps.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -54,12 +53,11 @@ class Zoo:
                 raise ValueError(f"{folder}: there is no {name}")
         return cls(folder, found["pivot"][0], {name: found[name][0] for name in DOMAINS}, dtype)
 
-    def seen_from(self, root: Path) -> "Zoo":
-        """The same with paths from `root`."""
-        folder, *models = (
-            Path(os.path.relpath(path, root)) for path in (self.folder, self.pivot, *self.sources.values())
-        )
-        return replace(self, folder=folder, pivot=models[0], sources=dict(zip(self.sources, models[1:], strict=True)))
+    def named(self) -> "Zoo":
+        """The same with names in place of one machine's paths."""
+        folder = Path(self.folder.name)
+        sources = {name: folder / path.name for name, path in self.sources.items()}
+        return replace(self, folder=folder, pivot=folder / self.pivot.name, sources=sources)
 
 
 @dataclass(frozen=True)
@@ -84,8 +82,9 @@ REGIMES = {
 }
 TRIAL = Regime("trial", "5 % of the corpus, 12 passes", 0.05, 12)  # where settings are tried, at a third of the time
 LEAST = Regime("least", "1.7 % of the corpus, 12 passes", 0.05 / 3, 12)  # with trial and small-12 a curve over tokens
-MIXTURE = Regime("mixture", "the training of the converged pivot", 0, 1)  # on other text, 2.5 MB of each domain
+MIXTURE = Regime("mixture", "the training of the converged pivot", 0, 1)  # on other text
 MIXTURE_RATE = 1e-3
+MIXTURE_BYTES = 2_500_000  # of each domain
 QUICK = Regime("quick", "3 % of the corpus, 3 passes", 0.03, 3)
 QUICK_RATE = 3e-4
 

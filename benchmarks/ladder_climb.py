@@ -7,8 +7,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import common
 import ladder_record
-from ladder import DOMAINS, RATES, RUNGS, Regime, Rung, Zoo
+from ladder import DOMAINS, DRAWN_BACK, RATES, RUNGS, Regime, Rung, Zoo
 from ladder_lab import PIECES, Lab
 from ladder_record import Record, Row
 
@@ -53,30 +54,31 @@ class Climber:
             while 0 <= best + step < len(rates) and bits(best + step) < bits(best):
                 best += step
         bits(best)
-        around = [tried.get(n) for n in (best - 1, best + 1) if 0 <= n < len(rates)]
+        climbed = 0 < best < len(rates) - 1 and all(tried.get(n) for n in (best - 1, best + 1))
         if self.lab and len(rates) > 1 and best in (0, len(rates) - 1):
             last = f"{rates[best]:g}, the last rate that may be tried"
             tracking.say(f"{rung.about} does best at {last}: give more --rates")
         others = [self.run(regime, rung, rates[best], seed) for seed in range(1, seeds)]
         runs = [(row, at == best) for at, row in sorted(tried.items())] + [(row, True) for row in others]
-        return [{**row, "chosen": is_best, "climbed": all(around)} for row, is_best in runs if row is not None]
+        return [{**row, "chosen": is_best, "climbed": climbed} for row, is_best in runs if row is not None]
 
     def run(self, regime: Regime, rung: Rung, rate: float, seed: int) -> Row | None:
         """One run; None where it is not recorded and nothing may be trained."""
         key = self.record.of_run(rung, regime, seed, rate)
         row = self.record.get(key)
-        known = row["models"] if row else {}
-        if row is None or any(known.get(name, {}).get("merge") != how for name, how in rung.merges.items()):
+        if row is None or self._lacks(row, rung):
             if self.lab is None:
                 return None
-            row = self.record.add(
-                key,
-                {
-                    **_run(self.lab, regime, rung, rate, seed, row or {}),
-                    "config": ladder_record.config(self.zoo, rung, regime, seed, rate),
-                },
-            )
+            made = _run(self.lab, regime, rung, rate, seed, row or {})
+            row = self.record.add(key, {**made, "config": ladder_record.config(self.zoo, rung, regime, seed, rate)})
         return _seen(regime, rung, row)
+
+    def _lacks(self, row: Row, rung: Rung) -> bool:
+        """Whether a training is known, and not all of what a rung asks of it."""
+        models = row["models"]
+        merges = all(models.get(name, {}).get("merge") == how for name, how in rung.merges.items())
+        asked = self.lab.questions if self.lab else 0
+        return not merges or (asked > 0 and any(told.get("questions") != asked for told in models.values()))
 
     def untrained(self, regime: Regime) -> list[Row]:
         """The pivot and the sources as they are."""
@@ -84,7 +86,8 @@ class Climber:
         for name in ("pivot", *DOMAINS):
             key = self.record.of_model(regime, name)
             row = self.record.get(key)
-            if row is None and self.lab is not None:
+            asked = self.lab.questions if self.lab else 0
+            if self.lab is not None and (row is None or (asked and row.get("questions") != asked)):
                 row = self.record.add(key, _untrained(self.lab, regime, name))
             if row is not None:
                 rows.append({**row, "regime": regime.name, "chosen": True})
@@ -92,19 +95,24 @@ class Climber:
 
 
 def _run(lab: Lab, regime: Regime, rung: Rung, rate: float, seed: int, known: Row) -> Row:
-    """One training: its targets, what they merge to, and their figures, beside those that are known."""
+    """One training: its targets, what they merge to, and their figures.
+
+    Whatever trained is drawn back too, and what was merged of a training that is known is merged again, so that all
+    figures of a line of the record are of the same weights.
+    """
     config = lab.config(rung, regime, seed, rate)
     tracking.say(f"[bold]{regime.name} · {rung.about} · rate {rate:g} · seed {seed}[/bold]")
     targets = lab.targets(config, rung)
     manifests = {name: read_manifest(target.folder) for name, target in targets.items()}
     models = {name: _measured(lab, config, name, a.folder / "model", a.key) for name, a in targets.items()}
-    for name, settings in rung.merges.items():
+    merges = {name: told["merge"] for name, told in known.get("models", {}).items() if "merge" in told}
+    for name, settings in {**merges, **(DRAWN_BACK if len(targets) == 1 else {}), **rung.merges}.items():
         models[name] = _merged(lab, config, targets, settings)
     facts = [m["facts"] for m in manifests.values()]
     best = min(models.values(), key=lambda told: told["choose"]["mean"])
     tracking.say(f"{regime.name} · {rung.name} · {rate:g} · seed {seed}: {best['report']['mean']:.4f} bits per byte")
     return {
-        "models": {**known.get("models", {}), **models},
+        "models": models,
         "targets": list(targets),
         "rate": rate,
         "seed": seed,
@@ -112,6 +120,7 @@ def _run(lab: Lab, regime: Regime, rung: Rung, rate: float, seed: int, known: Ro
         "positions": sum(int(f["positions"]) for f in facts),
         "seconds": sum(float(f["seconds"]) for f in facts),
         "cache_bytes": 0 if rung.trains == "control" else lab.read_by(config),
+        "machine": common.machine(),
         "begun_at": lab.fingerprint(Path(config.pivot.model)),
     }
 
@@ -151,7 +160,7 @@ def _measured(lab: Lab, config: Config, name: str, folder: Path, key: str) -> Ro
     for half in PIECES:
         bits = lab.bits(config, name, folder, key, half)
         told[half] = {**bits, "mean": fmean(bits.values())}
-    return told | ({"solved": lab.solved(folder, key)} if lab.questions else {})
+    return told | ({"solved": lab.solved(folder, key), "questions": lab.questions} if lab.questions else {})
 
 
 def _untrained(lab: Lab, regime: Regime, name: str) -> Row:

@@ -12,7 +12,7 @@ import common
 import ladder
 import ladder_corpus
 import yaml
-from ladder import DEEPSPEED, MIXTURE, MIXTURE_RATE, ROOT, RUNGS, Regime, Rung, Zoo
+from ladder import DEEPSPEED, DTYPE, MIXTURE, MIXTURE_BYTES, MIXTURE_RATE, ROOT, RUNGS, Regime, Rung, Zoo
 
 from fusion import config_file, hub, pipeline, tracking
 from fusion.artifact import Artifact, digest, read_manifest, write_json
@@ -26,7 +26,6 @@ from fusion.merge.stage import scaled
 from fusion.records import Sample
 from fusion.release import tasks
 
-CONVERGED_BYTES = 2_500_000  # of each domain, that the converged pivot reads first
 QUESTIONS = ROOT / "configs/tasks/gsm8k_shared.yaml"
 PIECES = {"choose": 50, "report": 100}  # of each domain, from other held-out texts each
 
@@ -83,7 +82,7 @@ class Lab:
     def converged(self) -> Path:
         """The pivot after a training on a general mixture of other text; made once."""
         mixture = ladder_corpus.write(
-            self.work / "mixture.jsonl", ladder_corpus.part(self._others(), CONVERGED_BYTES, last=True)
+            self.work / "mixture.jsonl", ladder_corpus.part(self._others(), MIXTURE_BYTES, last=True)
         )
         config = self._written(RUNGS["labels"], MIXTURE, 0, MIXTURE_RATE, self.zoo.pivot, mixture)
         (target,) = self.targets(config, RUNGS["labels"]).values()
@@ -155,7 +154,7 @@ class Lab:
         """A model's bits per byte on one half of the held-out texts, by domain; `key` tells its weights."""
         pieces = self._heldout_pieces(config)
         asked = {half: [sample.id for sample in those] for half, those in pieces.items()}
-        path = self.work / "measured" / f"{digest([key, asked])}.json"
+        path = self.work / "measured" / f"{digest([key, asked, *self._type()])}.json"
         found: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
         if half not in found:
             found[half] = bits_per_byte(self._model(folder, name), self._made(folder), pieces[half], 8192)
@@ -165,9 +164,13 @@ class Lab:
     def _model(self, folder: Path, name: str) -> Model:
         return Model(str(folder), name, dtype=self.zoo.dtype)  # type: ignore[arg-type]
 
+    def _type(self) -> list[str]:
+        """What tells figures in another type than is usual from the others."""
+        return [] if self.zoo.dtype == DTYPE else [self.zoo.dtype]
+
     def _solved(self, key: str) -> Path:
         how = [QUESTIONS.read_text(), QUESTIONS.with_suffix(".py").read_text()]
-        return self.work / "solved" / f"{digest([key, self.questions, how])}.json"
+        return self.work / "solved" / f"{digest([key, self.questions, how, *self._type()])}.json"
 
     def solved(self, folder: Path, key: str) -> float:
         """The share of GSM8K's first test questions that a model answers with the right number."""

@@ -10,7 +10,7 @@ from ladder_show import in_short
 
 def _colour(label: str) -> str:
     """Grey for what fuses nothing, orange for what was published, blue for ours."""
-    if label.startswith(("pivot", "labels")):
+    if label == "pivot" or label.startswith("labels"):
         return "#7f7f7f"
     return "#d9822b" if label.startswith("fuse") else "#1f77b4"
 

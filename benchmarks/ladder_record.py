@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import ladder
-from ladder import DEEPSPEED, MIXTURE, MIXTURE_RATE, ROOT, RUNGS, Regime, Rung, Zoo
+from common import SHARED
+from ladder import DEEPSPEED, MIXTURE, MIXTURE_BYTES, MIXTURE_RATE, ROOT, RUNGS, Regime, Rung, Zoo
 from ladder_lab import PIECES
 from pydantic import TypeAdapter
 
@@ -26,11 +27,11 @@ Row = dict[str, Any]
 
 def config(zoo: Zoo, rung: Rung, regime: Regime, seed: int, rate: float) -> Row:
     """A run's config as the record holds it: with names in place of one machine's paths."""
-    seen = zoo.seen_from(ROOT)
+    named = zoo.named()
     return ladder.tree(
         rung,
         regime,
-        replace(seen, pivot=Path("the converged pivot")) if regime.converged else seen,
+        replace(named, pivot=Path("the converged pivot")) if regime.converged else named,
         corpus=Path(f"corpus-{regime.share * rung.times:g}.jsonl"),
         heldout=Path("heldout.jsonl"),
         out=Path("runs"),
@@ -43,33 +44,37 @@ def config(zoo: Zoo, rung: Rung, regime: Regime, seed: int, rate: float) -> Row:
 class Record:
     """Runs by what made them.
 
-    A run's key is made of what the pipeline would name its targets by, the stages' formats included: what would be
-    trained again in a run folder is measured again here.
+    A run's key is made of what the pipeline would name its targets by, the stages' formats included, and of the texts:
+    what would be trained or merged again in a run folder is not found here.
 
     Args:
         path: its file, which need not be there; None keeps nothing.
         zoo: the models.
         memory: a JSON file that remembers hashes.
-        questions: of GSM8K that every model is asked.
 
     Raises:
         ValueError: the file holds something else.
     """
 
-    def __init__(self, path: Path | None, zoo: Zoo, memory: Path, questions: int = 0):
+    def __init__(self, path: Path | None, zoo: Zoo, memory: Path):
         self._path, self._zoo = path, zoo
         models = {"pivot": zoo.pivot, **zoo.sources}
         self._prints = {name: hub.fingerprint(folder, memory) for name, folder in models.items()}
         self._fuse, heldout = (hub.fingerprint_data(str(zoo.folder / name), memory) for name in ladder.TEXTS)
-        self._how = {"heldout": heldout, "pieces": PIECES, "questions": questions, "dtype": zoo.dtype}
+        self._more = hub.fingerprint_data(str(SHARED / "text"), memory) if (SHARED / "text").is_dir() else ""
+        self._how = {"heldout": heldout, "pieces": PIECES, "dtype": zoo.dtype, "merge": pipeline.STAGES["merge"][1]}
         self._rows: dict[str, Row] = {}
-        if path is not None and path.exists():
-            for number, line in enumerate(path.read_text().splitlines(), 1):
-                try:
-                    held = json.loads(line)
-                    self._rows[held["key"]] = held["row"]
-                except (ValueError, KeyError, TypeError):
-                    raise ValueError(f"{path}, line {number}: is no line of a record: {line[:40]!r}") from None
+        self._read_again()
+
+    def _read_again(self) -> None:
+        if self._path is None or not self._path.exists():
+            return
+        for number, line in enumerate(self._path.read_text().splitlines(), 1):
+            try:
+                held = json.loads(line)
+                self._rows[held["key"]] = dict(held["row"])
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{self._path}, line {number}: is no line of a record: {line[:40]!r}") from None
 
     def of_run(self, rung: Rung, regime: Regime, seed: int, rate: float) -> str:
         """What a run is found by."""
@@ -84,7 +89,9 @@ class Record:
         made = TypeAdapter(Config).validate_json(json.dumps(tree), strict=True)
         made = replace(made, distill=replace(made.distill, deepspeed=str(DEEPSPEED)))
         folders = {model.name: Path(model.model) for model in (made.pivot, *made.sources)}
-        texts = [digest([self._fuse, regime.share * rung.times]), str(self._how["heldout"])]
+        share = regime.share * rung.times
+        more = [self._more, MIXTURE_BYTES] if regime == MIXTURE else [self._more] if share > 1 else []
+        texts = [digest([self._fuse, share, *more]), str(self._how["heldout"])]
         tasks = pipeline.plan(made, pipeline.Found(folders, self._read(regime), texts))
         wanted = [t.out for t in tasks if t.out.stage == "distill"]
         return sorted(a.key for a in wanted if (a.subject == "control") == (rung.trains == "control"))
@@ -97,15 +104,19 @@ class Record:
         return {**self._prints, "pivot": {**self._prints["pivot"], **trained}}
 
     def get(self, key: str) -> Row | None:
-        """What is recorded; None where nothing is."""
+        """What is recorded, by other processes in the meantime too; None where nothing is."""
+        if key not in self._rows:
+            self._read_again()
         return self._rows.get(key)
 
     def add(self, key: str, row: Mapping[str, Any]) -> Row:
         """Record a run. Processes that add at once wait for each other."""
         kept: Row = _rounded(dict(row))
         if self._path is not None:
-            with self._path.open("a") as file:
+            with self._path.open("a+") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
+                if file.tell() and not self._path.read_bytes().endswith(b"\n"):  # a line that was cut off
+                    file.write("\n")
                 file.write(json.dumps({"key": key, "row": kept}, separators=(",", ":")) + "\n")
         self._rows[key] = kept
         return kept

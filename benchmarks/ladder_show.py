@@ -63,8 +63,8 @@ def in_short(regime: Regime, rows: Sequence[dict[str, Any]]) -> list[dict[str, A
 
 
 def overview(regimes: Sequence[Regime], rows: Sequence[dict[str, Any]]) -> str:
-    """All regimes in one Markdown table, a line a rung: bits per byte, spread over seeds, gain over the pivot, and that
-    as a multiple of label-only training's. The best of a regime, by the half that chooses, is in bold.
+    """All regimes in one Markdown table, a line a rung: bits per byte, spread and number of seeds, gain over the pivot,
+    and that as a multiple of label-only training's. The best of a regime, by the half that chooses, is in bold.
     """
     columns = [in_short(regime, rows) for regime in regimes]
     about = {line["label"]: line["about"] for lines in columns for line in lines}
@@ -88,8 +88,12 @@ def _notes(regime: Regime, rows: Sequence[dict[str, Any]]) -> list[str]:
     begun = {row["begun_at"] for row in rows if row["regime"] == regime.name and "begun_at" in row}
     if len(begun) > 1:
         told.append(f"these began at {len(begun)} pivots, each trained in the same way")
+    machines = {str(row["machine"]) for row in rows if row["regime"] == regime.name and "machine" in row}
+    if len(machines) > 1:
+        told.append(f"seconds were taken on {len(machines)} kinds of machines")
     ours = [line for line in lines if line["label"] in ("joint", "pairwise")]
-    if ours and any(line["trains"] == "control" and line["text"] > 1 for line in lines):
+    texts = {line["text"] for line in lines if line["trains"] == "control"}
+    if ours and 1 in texts and len(texts) > 1:
         best = min(ours, key=lambda line: float(line["choose"]))
         times, found = texts_needed(lines, _bits(best))
         needs = f"{times:.1f} times the text" if found else f"more than {times:g} times the text"
@@ -100,7 +104,7 @@ def _notes(regime: Regime, rows: Sequence[dict[str, Any]]) -> list[str]:
 def _cell(line: dict[str, Any], best: bool) -> str:
     bits, spread = line["bits"]["mean"]
     told = f"**{bits:.4f}**" if best else f"{bits:.4f}"
-    told += f" ± {spread:.4f}" if line["seeds"] > 1 else ""
+    told += f" ± {spread:.4f} ({line['seeds']})" if line["seeds"] > 1 else ""
     told += r"\*" if line["climbed"] is False else ""
     if not line["rate"]:
         return told

@@ -6,9 +6,9 @@
 
 Every rung of a regime begins at the same pivot and sees the same samples for the same number of steps, each at the
 learning rate that does best at the first seed on one half of the held-out pieces; what is reported is the other half.
-Every run's figures go to --record with the config that made them, and a run found there is not made again; what is
-trained is kept under --work, so that a run that was cut off goes on. The figures of the rungs asked for go to --json,
-one table of all regimes to --markdown, their picture to --plot.
+Every run's figures go to --record with the config that made them, but for --quick's, and a run found there is not made
+again; what is trained is kept under --work, so that a run that was cut off goes on. The figures of the rungs asked for
+go to --json, one table of all regimes to --markdown, their picture to --plot.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from fusion.release import tasks
 
 ALL_REGIMES = {**REGIMES, TRIAL.name: TRIAL, LEAST.name: LEAST}
 ALL_RUNGS = {**RUNGS, **TRIALS}
+PICTURES = (".png", ".svg", ".pdf")
 
 
 def main() -> None:
@@ -72,7 +73,8 @@ def main() -> None:
     given = common.parsed(parser)
     zoo = Zoo.of(given.zoo.resolve(), given.dtype)
     if given.work is None:
-        given.work = Path("build/quality" + (f"-{given.zoo.name}" if given.zoo != parser.get_default("zoo") else ""))
+        other = zoo.folder != parser.get_default("zoo").resolve()
+        given.work = Path(f"build/quality-{zoo.folder.name}" if other else "build/quality")
     if given.quick and given.recorded:
         raise ValueError("--quick shows that training works: not with --recorded")
     if given.recorded and not given.record.is_file():
@@ -81,9 +83,16 @@ def main() -> None:
         path = getattr(given, name)
         if path is not None and not path.resolve().parent.is_dir():
             raise ValueError(f"--{name} {path}: there is no folder {path.resolve().parent}")
+        if path is not None and path.is_dir():
+            raise ValueError(f"--{name} {path}: is a folder; name a file")
+    if given.plot is not None and given.plot.suffix not in PICTURES:
+        raise ValueError(f"--plot {given.plot}: must end in {', '.join(PICTURES)}")
+    for rate in given.rates:
+        if not 0 < rate < 1:
+            raise ValueError(f"--rates {rate:g}: must be above 0 and below 1")
     if given.questions < 0:
         raise ValueError(f"--questions {given.questions}: must be at least 0")
-    if given.questions:
+    if given.questions and not given.recorded:
         tasks.manager([str(QUESTIONS)])  # refused now, and not after hours, where lm-evaluation-harness is missing
     if given.seeds < 1:
         raise ValueError(f"--seeds {given.seeds}: must be at least 1")
@@ -105,7 +114,7 @@ def _climb_all(
     _quieten()
     given.work.mkdir(parents=True, exist_ok=True)
     known = None if given.quick else given.record
-    record = Record(known, zoo, given.work / "fingerprints.json", given.questions)
+    record = Record(known, zoo, given.work / "fingerprints.json")
     if given.recorded:
         _show(given, regimes, rates, seeds, Climber(zoo, record, None))
         return
@@ -127,14 +136,14 @@ def _show(
     rungs = {r.name: [rung for rung in asked if lab is None or lab.feeds(rung, r)] for r in regimes}
     shown = []
     for regime in regimes:
-        untrained = climber.untrained(regime)
-        if not untrained:
-            continue
-        shown.append(regime)
-        rows += untrained
+        untrained, climbed = climber.untrained(regime), list[Row]()
         for rung in rungs[regime.name]:
-            rows += climber.climb(regime, rung, rates, seeds)
-            common.write(given.json, rows)
+            climbed += climber.climb(regime, rung, rates, seeds)
+            common.write(given.json, [*rows, *untrained, *climbed])
+        if not climbed or untrained[0]["rung"] != "pivot":
+            continue  # with --recorded alone
+        shown.append(regime)
+        rows += [*untrained, *climbed]
         ladder_show.table(regime, rows)
         ladder_show.helped(regime, rows)
     if not shown:

@@ -9,9 +9,10 @@ neither to fuse on nor to measure on; these two come with the shared zoo. What i
 """
 
 import argparse
+import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ladder import TEXTS
 
 CONTEXT = 512
 RATE = 1e-3
+MADE = "zoo.json"  # in each model's folder: the settings that it was made with
 _SHARE_OF_PIVOT = 0.25  # of each domain
 
 
@@ -96,7 +98,7 @@ def make(folder: Path, rows: ladder_corpus.Rows, shape: Shape) -> Mapping[str, f
     """Train one model of `MODELS` into its folder, by way of a draft beside it.
 
     Returns:
-        `parameters`, `tokens` read, `loss` at the end in nats a token.
+        `parameters`, `tokens` read, `loss` in nats a token, the mean over all steps.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
@@ -133,8 +135,9 @@ def make(folder: Path, rows: ladder_corpus.Rows, shape: Shape) -> Mapping[str, f
     told = Trainer(model, settings, train_dataset=[{"input_ids": row, "labels": row} for row in data]).train()
     model.to(torch.bfloat16).save_pretrained(draft)
     shutil.rmtree(draft / "trainer", ignore_errors=True)
+    (draft / MADE).write_text(json.dumps(asdict(shape)))
     draft.rename(folder)
-    read = told.global_step * shape.rows * CONTEXT
+    read = told.metrics["epoch"] * data.numel()
     return {"parameters": model.num_parameters(), "tokens": read, "loss": float(told.training_loss)}
 
 
@@ -160,12 +163,15 @@ def main() -> None:
     for name in TEXTS:
         kept += ladder_corpus.read(common.SHARED / "zoo" / name)
         shutil.copyfile(common.SHARED / "zoo" / name, given.out / name)
+    shape = Shape(given.width, given.layers, given.epochs, given.rows)
     rows, figures = ladder_corpus.more(common.SHARED / "text", kept), []
     for name in MODELS:
         if (given.out / name).is_dir():
+            if json.loads((given.out / name / MADE).read_text()) != asdict(shape):
+                raise ValueError(f"{given.out / name}: was made with other settings; give another --out, or remove it")
             print(f"{name}: made before")
             continue
-        told = make(given.out / name, rows, Shape(given.width, given.layers, given.epochs, given.rows))
+        told = make(given.out / name, rows, shape)
         print(f"{name}: {told['parameters'] / 1e6:.1f}M parameters, {told['tokens'] / 1e6:.1f}M tokens read")
         figures.append({"model": name, **told})
     common.write(given.json, figures)

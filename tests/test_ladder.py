@@ -1,6 +1,7 @@
 """The quality ladder: every rung's config loads, parts of the corpus nest, sums are right."""
 
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,7 @@ def _zoo(ladder: Any, folder: Path) -> Any:
 def test_a_zoo_is_four_models_and_two_files(ladder: Any, tmp_path: Path) -> None:
     zoo = _zoo(ladder, tmp_path)
     assert zoo.pivot == tmp_path / "zoo/pivot-a" and list(zoo.sources) == ["math", "code", "prose"]
-    seen = zoo.seen_from(tmp_path / "elsewhere")
-    assert str(seen.pivot) == "../zoo/pivot-a" and str(seen.sources["prose"]) == "../zoo/prose-d"
+    assert str(zoo.named().pivot) == "zoo/pivot-a" and str(zoo.named().sources["prose"]) == "zoo/prose-d"
     (tmp_path / "zoo/code-e").mkdir()
     with pytest.raises(ValueError, match="2 folders are called code-…, and one is wanted"):
         ladder.Zoo.of(tmp_path / "zoo")
@@ -151,7 +151,7 @@ def test_all_regimes_in_one_table_and_one_picture(ladder: Any, tmp_path: Path) -
     regimes = [ladder.TRIAL, ladder.LEAST]
     assert [line.split(" | ")[:2] for line in show.overview(regimes, rows).splitlines()[2:]] == [
         ["| the pivot", "2.4000"],
-        ["| labels", "2.3750 ± 0.0000, +0.0250, 1.00×"],
+        ["| labels", "2.3750 ± 0.0000 (2), +0.0250, 1.00×"],
         ["| pairwise · best target", "2.2600, +0.1400, 5.60×"],
         ["| pairwise", "**2.2500**, +0.1500, 6.00×"],
         ["| joint", ""],
@@ -191,9 +191,14 @@ def test_learning_rates_are_climbed_until_none_is_better(
     assert ran == [(r, 0) for r in (5e-4, 2.5e-4, 1e-3, 2e-3, 4e-3)] + [(2e-3, 1)]
     assert [(row["rate"], row["seed"]) for row in rows if row["chosen"]] == [(2e-3, 0), (2e-3, 1)]
     assert all(row["climbed"] for row in rows)
+    assert not climber.climb(ladder.QUICK, ladder.RUNGS["labels"], [5e-4, 1e-3, 2e-3], 1)[0]["climbed"]  # at the end
     ran.clear()
-    climber.climb(ladder.QUICK, ladder.RUNGS["joint"], [1e-3], 1)
-    assert ran == [(1e-3, 0)]
+    (row,) = climber.climb(ladder.QUICK, ladder.RUNGS["joint"], [1e-3], 1)
+    assert ran == [(1e-3, 0)] and not row["climbed"]
+
+
+class NoQuestions:
+    questions = 0
 
 
 def test_what_is_recorded_is_not_run_again(
@@ -211,25 +216,114 @@ def test_what_is_recorded_is_not_run_again(
     path, regime = tmp_path / "record.jsonl", ladder.TRIAL
     zoo, whole, joint = _zoo(ladder, tmp_path), ladder.RUNGS["joint-whole"], ladder.RUNGS["joint"]
 
-    def climb(rung: Any, lab: str | None) -> list[dict[str, Any]]:
+    def climb(rung: Any, trains: bool) -> list[dict[str, Any]]:
+        lab = NoQuestions() if trains else None
         climber = climbing.Climber(zoo, climbing.Record(path, zoo, tmp_path / "memory.json"), lab)
         rows: list[dict[str, Any]] = climber.climb(regime, rung, [5e-4, 1e-3], 1)
         return rows
 
-    assert [row["rate"] for row in climb(whole, "a lab") if row["chosen"]] == [5e-4]
+    assert [row["rate"] for row in climb(whole, True) if row["chosen"]] == [5e-4]
     assert sorted(ran) == [("joint-whole", 5e-4), ("joint-whole", 1e-3)]
-    assert climb(joint, None) == []  # trained, but drawn back nowhere
-    (best,) = [row for row in climb(joint, "a lab") if row["chosen"]]
+    assert climb(joint, False) == []  # trained, but drawn back nowhere
+    (best,) = [row for row in climb(joint, True) if row["chosen"]]
     assert best["choose"]["mean"] == pytest.approx(1 + 5e-4 / 3, abs=1e-6) and best["rung"] == "joint"
     assert sorted(ran[2:]) == [("joint", 5e-4), ("joint", 1e-3)]  # the same trainings, found by the lab
-    for lab in ("a lab", None):
-        assert [row["rung"] for row in climb(whole, lab)] == ["joint-whole"] * 2
-        assert climb(joint, lab) == climb(joint, "a lab") and len(ran) == 4
-    assert climb(ladder.RUNGS["labels"], None) == []
-    assert str(ROOT) not in path.read_text()
-    path.write_text(path.read_text() + "{}\n")
+    for trains in (True, False):
+        assert [row["rung"] for row in climb(whole, trains)] == ["joint-whole"] * 2
+        assert climb(joint, trains) == climb(joint, True) and len(ran) == 4
+    assert climb(ladder.RUNGS["labels"], False) == []
+    assert str(ROOT) not in path.read_text() and str(tmp_path) not in path.read_text()
+    path.write_text(path.read_text() + '{"key": "a", "row": 5}\n')
     with pytest.raises(ValueError, match="record.jsonl, line 5: is no line of a record"):
         climbing.Record(path, zoo, tmp_path / "memory.json")
+
+
+def test_a_key_tells_all_that_decides_a_run(ladder: Any, climbing: Any, tmp_path: Path) -> None:
+    made = _zoo(ladder, tmp_path)
+
+    def key(rung: str = "joint", regime: Any = ladder.TRIAL, seed: int = 0, rate: float = 1e-3, zoo: Any = made) -> str:
+        record = climbing.Record(None, zoo, tmp_path / "memory.json")
+        told: str = record.of_run({**ladder.RUNGS, **ladder.TRIALS}[rung], regime, seed, rate)
+        return told
+
+    def of_pivot(regime: Any, zoo: Any = made) -> str:
+        told: str = climbing.Record(None, zoo, tmp_path / "memory.json").of_model(regime, "pivot")
+        return told
+
+    first = key()
+    assert key("joint-whole") == first and key("labels") == key("labels-back") != first
+    other = _zoo(ladder, tmp_path / "elsewhere")
+    assert key(zoo=other) == first and of_pivot(ladder.TRIAL, other) == of_pivot(ladder.TRIAL)
+    typed = ladder.Zoo.of(tmp_path / "zoo", "bfloat16")
+    converged, small = ladder.REGIMES["converged"], ladder.REGIMES["small-12"]
+    keys = [first, key("labels"), key("labels-10"), key("labels", small), key("labels", converged)]
+    keys += [key(seed=1), key(rate=2e-3), key("weight-0"), key("top-32"), key("joint-no-code"), key(zoo=typed)]
+    models = [of_pivot(converged), of_pivot(small), of_pivot(small, typed)]
+    for name in ("fuse.jsonl", "heldout.jsonl", "pivot-a/config.json", "code-c/config.json"):
+        path = tmp_path / "elsewhere/zoo" / name
+        kept = path.read_text()
+        path.write_text(kept + " ")
+        keys.append(key(zoo=other))
+        path.write_text(kept)
+    assert len(set(keys)) == len(keys) and len(set(models)) == len(models)
+
+
+def test_processes_add_to_one_record(ladder: Any, climbing: Any, tmp_path: Path) -> None:
+    first, second = (climbing.Record(tmp_path / "r.jsonl", _zoo(ladder, tmp_path), tmp_path / "m.json") for _ in "ab")
+    first.add("a", {"rate": 3.125e-5, "bits": 1.23456789})
+    assert second.get("a") == {"rate": 3.125e-5, "bits": 1.234568}
+    (tmp_path / "r.jsonl").write_text((tmp_path / "r.jsonl").read_text().rstrip())  # cut off
+    second.add("b", {"bits": 2})
+    assert first.get("b") == {"bits": 2} and first.get("c") is None
+
+
+@pytest.mark.skipif(not (ROOT.parent / "shared/zoo").is_dir(), reason="the shared zoo is not here")
+def test_every_line_that_is_recorded_is_found(ladder: Any, climbing: Any, tmp_path: Path) -> None:
+    record = importlib.import_module("ladder_record")
+    known = record.Record(record.HERE, ladder.Zoo.of(ROOT.parent / "shared/zoo"), tmp_path / "memory.json")
+    regimes = [*ladder.REGIMES.values(), ladder.TRIAL, ladder.LEAST]
+    found = {known.of_model(regime, name) for regime in regimes for name in ("pivot", *ladder.DOMAINS)}
+    rungs = {**ladder.RUNGS, **ladder.TRIALS}
+    for line in record.HERE.read_text().splitlines():
+        held = json.loads(line)
+        if "config" in held["row"]:
+            regime = next(r for r in regimes if held["row"]["config"]["name"].startswith(f"{r.name}-"))
+            rung = rungs[held["row"]["config"]["name"].removeprefix(f"{regime.name}-")]
+            found.add(known.of_run(rung, regime, held["row"]["seed"], held["row"]["rate"]))
+        assert held["key"] in found
+
+
+def test_a_record_with_parts_of_a_regime(
+    ladder: Any, climbing: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quality, path = importlib.import_module("quality"), tmp_path / "record.jsonl"
+    record = climbing.Record(path, _zoo(ladder, tmp_path), tmp_path / "memory.json")
+    for regime in (ladder.TRIAL, ladder.REGIMES["converged"]):
+        record.add(record.of_model(regime, "math"), {"rung": "math", "about": "source math", "seed": 0, **_bits(3.0)})
+    record.add(record.of_model(ladder.TRIAL, "pivot"), {"rung": "pivot", "about": "the pivot", "seed": 0, **_bits(2.4)})
+    run = {"models": {"control": _bits(2.3)}, "targets": ["control"], "rate": 5e-4, "seed": 0, "positions": 9}
+    record.add(record.of_run(ladder.RUNGS["labels"], ladder.TRIAL, 0, 5e-4), run)
+
+    def show(*more: str) -> str:
+        asked = ["--recorded", "--zoo", str(tmp_path / "zoo"), "--record", str(path), "--work", str(tmp_path / "work")]
+        monkeypatch.setattr("sys.argv", ["quality.py", *asked, *more])
+        quality.main()
+        return capsys.readouterr().out
+
+    said = show("--regimes", "trial", "converged", "small-12", "--markdown", str(tmp_path / "table.md"))
+    assert "label-only training" in said and "converged" not in said and "small-12" not in said
+    assert "2.3000**\\*, +0.1000, 1.00× |" in (tmp_path / "table.md").read_text()
+    assert "lower or higher learning rate was not tried" in (tmp_path / "table.md").read_text()
+    with pytest.raises(ValueError, match="has nothing of converged"):
+        show("--regimes", "converged")
+    for option, value, error in (
+        ("--rates", "0", "--rates 0: must be above 0 and below 1"),
+        ("--plot", str(tmp_path / "a.xyz"), "must end in .png"),
+        ("--markdown", str(tmp_path), "is a folder"),
+        ("--record", str(tmp_path / "none"), "there is no such file"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            show(option, value)
 
 
 def test_a_best_rate_whose_neighbours_were_not_tried_is_told(
