@@ -150,6 +150,7 @@ def test_loss_and_gradients_are_those_of_dense_logits(name: str) -> None:
     assert len(expected) > 10 and all(
         float(g.abs().max()) > 1e-6 for n, g in expected.items() if "k_proj.bias" not in n
     )
+    near = 3e-7 * max(float(g.abs().max()) for g in expected.values())  # norms compute in float32 whatever weights are
     for packing in get_args(Packing) if name not in UNPACKED else ("none",):
         total, label_loss, fusion_loss = model(**batch_of(packing))
         total.backward()
@@ -158,7 +159,7 @@ def test_loss_and_gradients_are_those_of_dense_logits(name: str) -> None:
         found = gradients(model)
         assert found.keys() == expected.keys()
         for key, gradient in found.items():
-            torch.testing.assert_close(gradient, expected[key], rtol=1e-5, atol=1e-7, msg=lambda m, k=key: f"{k}: {m}")
+            torch.testing.assert_close(gradient, expected[key], rtol=1e-5, atol=near, msg=lambda m, k=key: f"{k}: {m}")
 
 
 @pytest.mark.parametrize("name", MAKERS)

@@ -190,7 +190,8 @@ def test_frozen_embeddings_stay_the_pivots_and_the_rest_learns(together: Path, a
 def test_low_rank_updates(alone: Path, together: Path, pivot: Path) -> None:
     for name, folder in (("lora3", together), ("lora2", alone)):
         assert curve(folder, name) == pytest.approx(curve(together, "lora2"), rel=1e-5)
-        assert far(weights(folder, name), weights(together, "lora2")) < 1e-5
+        # one factor begins at 0, so that the other's first gradients are rounding alone, which Adam makes steps of
+        assert far(weights(folder, name), weights(together, "lora2")) < 1e-4
     figures = told(together, "lora2")["figures"]
     assert 0 < figures["learned"] < figures["weights"] / 4
     assert all("lora" in name and "lm_head" not in name for name in weights(together, "lora2"))
