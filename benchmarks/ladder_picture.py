@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ladder import Regime
-from ladder_show import in_short
+from ladder_show import in_short, names
 
 
 def _colour(label: str) -> str:
@@ -23,7 +23,7 @@ def picture(path: Path, regimes: Sequence[Regime], rows: Sequence[dict[str, Any]
     import matplotlib.pyplot as plt
 
     panels = [in_short(regime, rows) for regime in regimes]
-    about = {line["label"]: line["about"] for lines in panels for line in lines}
+    about = names(panels)
     at = {label: y for y, label in enumerate(about)}
     size = (3.2 * len(panels) + 2.4, 0.3 * len(about) + 1.4)
     figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True, layout="constrained")

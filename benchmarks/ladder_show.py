@@ -6,7 +6,9 @@ from statistics import mean, stdev
 from typing import Any
 
 import common
-from ladder import DOMAINS, Regime
+from ladder import DOMAINS, RUNGS, TRIALS, Regime
+
+LEAST_GAIN = 0.005  # of label-only training, in bits per byte; multiples of less say nothing
 
 
 def summed(regime: Regime, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -14,7 +16,7 @@ def summed(regime: Regime, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any
     and at that rate its single targets and merges.
 
     `bits`: domain, and `mean`, → (mean, spread) over `seeds`; `choose`: the mean on the other half; `gain`: over the
-    pivot; `times`: the gain as a multiple of label-only training's, None where that has none.
+    pivot; `times`: the gain as a multiple of label-only training's, None where that gains next to nothing.
     """
     chosen = [row for row in rows if row["regime"] == regime.name and row["chosen"]]
     lines: dict[str, list[dict[str, Any]]] = {}
@@ -42,7 +44,7 @@ def summed(regime: Regime, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any
     of_labels = next((start - _bits(line) for line in found if line["label"] == "labels"), 0.0)
     for line in found:
         line["gain"] = start - _bits(line)
-        line["times"] = line["gain"] / of_labels if of_labels > 0 else None
+        line["times"] = line["gain"] / of_labels if of_labels > LEAST_GAIN else None
     return found
 
 
@@ -62,12 +64,19 @@ def in_short(regime: Regime, rows: Sequence[dict[str, Any]]) -> list[dict[str, A
     return found
 
 
+def names(columns: Sequence[Sequence[dict[str, Any]]]) -> dict[str, str]:
+    """The labels of the lines of several regimes, and what they are about, in the order of the rungs."""
+    order = ["pivot", *RUNGS, *TRIALS]
+    about = {line["label"]: (order.index(line["rung"]), line["about"]) for lines in columns for line in lines}
+    return {label: told for label, (_, told) in sorted(about.items(), key=lambda held: held[1][0])}
+
+
 def overview(regimes: Sequence[Regime], rows: Sequence[dict[str, Any]]) -> str:
     """All regimes in one Markdown table, a line a rung: bits per byte, spread and number of seeds, gain over the pivot,
     and that as a multiple of label-only training's. The best of a regime, by the half that chooses, is in bold.
     """
     columns = [in_short(regime, rows) for regime in regimes]
-    about = {line["label"]: line["about"] for lines in columns for line in lines}
+    about = names(columns)
     told = ["| | " + " | ".join(f"{regime.name}: {regime.about}" for regime in regimes) + " |"]
     told.append("|---" * (len(regimes) + 1) + "|")
     for label, name in about.items():
