@@ -75,9 +75,9 @@ REGIMES = {
     r.name: r
     for r in (
         Regime("one-pass", "one pass over all of the corpus", 1.0, 1),
-        Regime("small-12", "15 % of it, 12 passes", 0.15, 12),
-        Regime("small-24", "15 % of it, 24 passes", 0.15, 24),
-        Regime("converged", "15 % of it, 12 passes, from a pivot trained to convergence first", 0.15, 12, True),
+        Regime("small-12", "15 % of the corpus, 12 passes", 0.15, 12),
+        Regime("small-24", "15 % of the corpus, 24 passes", 0.15, 24),
+        Regime("converged", "15 % of the corpus, 12 passes, from a pivot trained to convergence first", 0.15, 12, True),
     )
 }
 TRIAL = Regime("trial", "5 % of the corpus, 12 passes", 0.05, 12)  # where settings are tried, at a third of the time

@@ -8,6 +8,7 @@ from typing import Any
 import common
 from ladder import DOMAINS, RUNGS, TRIALS, Regime
 
+_UNTRIED = "* the next lower or higher learning rate was not tried"
 LEAST_GAIN = 0.005  # of label-only training, in bits per byte; multiples of less say nothing
 
 
@@ -85,7 +86,10 @@ def overview(regimes: Sequence[Regime], rows: Sequence[dict[str, Any]]) -> str:
             line = next((line for line in lines if line["label"] == label), None)
             cells.append(_cell(line, line is min(lines, key=lambda one: float(one["choose"]))) if line else "")
         told.append(f"| {name} | " + " | ".join(cells) + " |")
-    told += ["", *(f"- {regime.name}: {note}" for regime in regimes for note in _notes(regime, rows))]
+    notes = {regime.name: _notes(regime, rows) for regime in regimes}
+    if any(_UNTRIED in found for found in notes.values()):
+        told += ["", f"\\{_UNTRIED}"]
+    told += ["", *(f"- {name}: {note}" for name, found in notes.items() for note in found if note != _UNTRIED)]
     return "\n".join(told).rstrip() + "\n"
 
 
@@ -93,7 +97,7 @@ def _notes(regime: Regime, rows: Sequence[dict[str, Any]]) -> list[str]:
     """What a reader of a regime's figures has to know besides."""
     lines, told = summed(regime, rows), []
     if any(line["climbed"] is False for line in lines):
-        told.append("* the next lower or higher learning rate was not tried")
+        told.append(_UNTRIED)
     begun = {row["begun_at"] for row in rows if row["regime"] == regime.name and "begun_at" in row}
     if len(begun) > 1:
         told.append(f"these began at {len(begun)} pivots, each trained in the same way")

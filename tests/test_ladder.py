@@ -371,7 +371,7 @@ def test_which_source_helped_where_and_what_more_text_gives(ladder: Any, capsys:
     lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
     assert [line for line in lines if line and line[0].endswith("passes")] == [
         ["5 % of the corpus, 12 passes", "2,250", "+0.0250", "–", "+0.1500"],
-        ["15 % of it, 12 passes", "2,000", "+0.1500", "+0.1600", "+0.4000"],
+        ["15 % of the corpus, 12 passes", "2,000", "+0.1500", "+0.1600", "+0.4000"],
     ]
 
 
