@@ -64,11 +64,13 @@ class Record:
         self._more = hub.fingerprint_data(str(SHARED / "text"), memory) if (SHARED / "text").is_dir() else ""
         self._how = {"heldout": heldout, "pieces": PIECES, "dtype": zoo.dtype, "merge": pipeline.STAGES["merge"][1]}
         self._rows: dict[str, Row] = {}
+        self._size = 0  # of the file when it was read
         self._read_again()
 
     def _read_again(self) -> None:
-        if self._path is None or not self._path.exists():
+        if self._path is None or not self._path.exists() or self._path.stat().st_size == self._size:
             return
+        self._size = self._path.stat().st_size
         for number, line in enumerate(self._path.read_text().splitlines(), 1):
             try:
                 held = json.loads(line)

@@ -140,7 +140,7 @@ def _show(
         for rung in rungs[regime.name]:
             climbed += climber.climb(regime, rung, rates, seeds)
             common.write(given.json, [*rows, *untrained, *climbed])
-        if not climbed or untrained[0]["rung"] != "pivot":
+        if not climbed or all(row["rung"] != "pivot" for row in untrained):
             continue  # with --recorded alone
         shown.append(regime)
         rows += [*untrained, *climbed]
