@@ -224,6 +224,13 @@ TRIALS = {
         _trial("draws-12", "cache: 12 draws", capture={"draws": 12}),
         _trial("draws-200", "cache: 200 draws", capture={"draws": 200}),
         _trial("smoothing", "label smoothing 0.1", distill={"label_smoothing": 0.1}),
+        _trial("gate-alike", "gate: all alike", distill={"gate": "all"}),
+        _trial("map-hard", "map: a source token's likeliest target token", align={"maps": ["hard", "prefix"]}),
+        _trial("map-prefix", "map: the target token that a source token begins with", align={"maps": ["prefix"]}),
+        _trial("not-inside", "no teaching inside of a source's tokens", align={"inside": False}),
+        _trial("not-followed", "map alone, not followed", align={"follow": False, "inside": False}),
+        _trial("decay-0.1", "weight decay 0.1", distill={"weight_decay": 0.1}),
+        _trial("decay-1", "weight decay 1", distill={"weight_decay": 1.0}),
     )
 }
 

@@ -97,8 +97,8 @@ class Climber:
 def _run(lab: Lab, regime: Regime, rung: Rung, rate: float, seed: int, known: Row) -> Row:
     """One training: its targets, what they merge to, and their figures.
 
-    Whatever trained is drawn back too, and what was merged of a training that is known is merged again, so that all
-    figures of a line of the record are of the same weights.
+    Whatever trained is drawn back too, but in quick mode, and what was merged of a training that is known is merged
+    again, so that all figures of a line of the record are of the same weights.
     """
     config = lab.config(rung, regime, seed, rate)
     tracking.say(f"[bold]{regime.name} · {rung.about} · rate {rate:g} · seed {seed}[/bold]")
@@ -106,7 +106,8 @@ def _run(lab: Lab, regime: Regime, rung: Rung, rate: float, seed: int, known: Ro
     manifests = {name: read_manifest(target.folder) for name, target in targets.items()}
     models = {name: _measured(lab, config, name, a.folder / "model", a.key) for name, a in targets.items()}
     merges = {name: told["merge"] for name, told in known.get("models", {}).items() if "merge" in told}
-    for name, settings in {**merges, **(DRAWN_BACK if len(targets) == 1 else {}), **rung.merges}.items():
+    back = DRAWN_BACK if len(targets) == 1 and not lab.quick else {}
+    for name, settings in {**merges, **back, **rung.merges}.items():
         models[name] = _merged(lab, config, targets, settings)
     facts = [m["facts"] for m in manifests.values()]
     best = min(models.values(), key=lambda told: told["choose"]["mean"])

@@ -41,7 +41,7 @@ class Lab:
     """
 
     def __init__(self, work: Path, zoo: Zoo, quick: bool, questions: int = 0):
-        self.work, self.zoo, self._quick, self.questions = work, zoo, quick, questions
+        self.work, self.zoo, self.quick, self.questions = work, zoo, quick, questions
         self._fuse = ladder_corpus.read(zoo.folder / "fuse.jsonl")
         self._heldout = ladder_corpus.read(zoo.folder / "heldout.jsonl")
         self._halves = ladder_corpus.halved(self._heldout, tuple(PIECES))
@@ -192,6 +192,6 @@ class Lab:
                 by_domain.setdefault(sample.domain, []).append(sample)
             for label, those in by_domain.items():
                 half, domain = label.split("-")
-                count = PIECES[half] // 4 if self._quick else PIECES[half]
+                count = PIECES[half] // 4 if self.quick else PIECES[half]
                 self._pieces.setdefault(half, []).extend(replace(s, domain=domain) for s in those[:count])
         return self._pieces

@@ -136,14 +136,14 @@ def test_help_shows_how() -> None:
     assert len(examples) == 4 and all((tiny.ROOT / path).is_file() for path in examples)
 
 
-@pytest.mark.parametrize("name", ["fusellm-7b", "fusechat-7b", "scale-70b"])
+@pytest.mark.parametrize("name", ["fusellm-7b", "best-7b", "fusechat-7b", "scale-70b"])
 def test_the_plan_needs_neither_models_nor_data(name: str, tmp_path: Path) -> None:
     done = program("--config", f"configs/{name}.yaml", "--plan", "--set", f"out={tmp_path / 'run'}")
     assert done.returncode == 0 and done.stderr == "", done.stderr
     wanted = [
         "prepare",
         "capture/pivot",
-        "align/mpt" if name == "fusellm-7b" else "align/qwen",
+        "align/mpt" if name in ("fusellm-7b", "best-7b") else "align/qwen",
         "3 days" if name == "scale-70b" else "captures",
         "distill/control",
         "release",
