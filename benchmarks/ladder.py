@@ -206,10 +206,23 @@ TRIALS = {
         ),
         _trial("confidence", "label weight by the gate's confidence", distill={"label_schedule": "confidence"}),
         _trial("gate-average", "gate: all by their bits", distill={"gate": "avg_ce"}),
+        *(
+            _trial(
+                f"gate-{name}",
+                f"gate: all by their bits, temperature {degree:g}",
+                distill={"gate": "avg_ce", "gate_temperature": degree},
+            )
+            for name, degree in (("cool", 0.25), ("mild", 0.5), ("warm", 2.0))
+        ),
         _trial(
-            "gate-cool",
-            "gate: all by their bits, temperature 0.25",
-            distill={"gate": "avg_ce", "gate_temperature": 0.25},
+            "gate-average-0",
+            "gate: all by their bits, label weight 0",
+            distill={"gate": "avg_ce", "label_weight": 0.0},
+        ),
+        _trial(
+            "gate-average-256",
+            "gate: all by their bits, 256 entries of the mean",
+            distill={"gate": "avg_ce", "k": 256},
         ),
         _trial("gate-segment", "gate: the best of each segment", distill={"gate_level": "segment"}),
         _trial("gate-token", "gate: the best of each token", distill={"gate_level": "token"}),
