@@ -143,6 +143,7 @@ MERGES: dict[str, dict[str, Any]] = {
 AS_FAR = "as far as chosen"  # as `merge.scale: auto` goes along the update, by the half that chooses
 DRAWN_BACK = {AS_FAR: {"method": "linear", "scale": "auto"}}
 MERGES |= {f"{name}, {AS_FAR}": {**MERGES[name], "scale": "auto"} for name in ("average", "SCE, all elements", "TIES")}
+MERGES[f"average by contribution, {AS_FAR}"] = {"method": "linear", "weights": "auto", "scale": "auto"}
 RUNGS = {
     r.name: r
     for r in (

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,6 +17,7 @@ from ladder_record import Record, Row
 from fusion import pipeline, tracking
 from fusion.artifact import Artifact, read_manifest
 from fusion.config import Config
+from fusion.merge.contribution import search_power, shares
 from fusion.merge.scales import Scales, alike, search
 
 
@@ -136,20 +138,36 @@ def _seen(regime: Regime, rung: Rung, row: Row) -> Row:
 
 
 def _merged(lab: Lab, config: Config, targets: dict[str, Artifact], settings: Mapping[str, Any]) -> Row:
-    """The figures of one merge, all of the update or as far as `merge.scale: auto` goes, by the half that chooses."""
+    """The figures of one merge; what `merge.scale: auto` and `merge.weights: auto` choose, the choosing half does."""
 
-    def measure(scales: Scales) -> float:
+    def measure(weights: tuple[float, ...], scales: Scales) -> float:
         if scales == alike(0):
-            of_pivot = _of_folder(lab, config, "pivot", Path(config.pivot.model))
-            return float(of_pivot["choose"]["mean"])
-        with lab.merged(config, targets, settings, scales) as (folder, key):
+            return of_pivot
+        with lab.merged(config, targets, _weighed(settings, weights), scales) as (folder, key):
             return fmean(lab.bits(config, "merged", folder, key, "choose").values())
 
-    wanted = settings.get("scale", 1.0)
-    scales = search(measure)[0] if wanted == "auto" else alike(wanted)
-    with lab.merged(config, targets, settings, scales) as (folder, key):
+    of_pivot = float(_of_folder(lab, config, "pivot", Path(config.pivot.model))["choose"]["mean"])
+    wanted, weights = settings.get("scale", 1.0), tuple[float, ...]()
+    far = None if wanted == "auto" else alike(wanted)
+    if settings.get("weights") == "auto":
+        of_targets = [lab.bits(config, n, a.folder / "model", a.key, "choose") for n, a in targets.items()]
+        gains = [of_pivot - fmean(bits.values()) for bits in of_targets]
+        power, scales, _ = search_power(lambda p, s: measure(shares(gains, p), s), far)
+        weights = shares(gains, power)
+    else:
+        scales = far or search(partial(measure, weights))[0]
+    with lab.merged(config, targets, _weighed(settings, weights), scales) as (folder, key):
         told = _measured(lab, config, "merged", folder, key)
-    return {**told, "merge": dict(settings), "scale": [scales.layers, scales.outside]}
+    found = {"weights": list(weights)} if weights else {}
+    return {**told, "merge": dict(settings), "scale": [scales.layers, scales.outside], **found}
+
+
+def _weighed(settings: Mapping[str, Any], weights: tuple[float, ...]) -> dict[str, Any]:
+    """A config's `merge` with weights, where there are any, as a parameter."""
+    return {
+        **settings,
+        "parameters": {**settings.get("parameters", {}), **({"weights": list(weights)} if weights else {})},
+    }
 
 
 def _of_folder(lab: Lab, config: Config, name: str, folder: Path) -> Row:

@@ -212,6 +212,14 @@ class Merge:
     # how far from the pivot to go along the merged update, 1: all of it; auto: so far as the validation samples say, in
     # the layers and outside of them; all of it where there are none; [0.9, 0.5]: in the layers, outside of them
     scale: float | str | list[float] = "auto"
+    # of several targets under linear: alike, or by what each gains over the pivot on the validation samples (auto);
+    # alike where there are none, and as `parameters` says where it has weights
+    weights: Literal["auto", "alike"] = "auto"
+
+    def weighs(self, targets: int) -> bool:
+        """Whether so many targets are to be weighed by what they gain."""
+        told = "weights" in self.parameters
+        return self.weights == "auto" and self.method == "linear" and targets > 1 and not told
 
     def __post_init__(self) -> None:
         numbers = self.scale if isinstance(self.scale, list) else [self.scale]

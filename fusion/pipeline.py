@@ -257,7 +257,8 @@ def plan(config: Config, found: Found) -> list[Task]:
         }
         targets[name] = task("distill", name, how, reads)
     fused = {f"target/{n}": t for n, t in targets.items() if n != "control"}
-    reads = {"pivot": model(config.pivot), **fused, **({"prepare": prepare} if config.merge.scale == "auto" else {})}
+    measures = config.merge.scale == "auto" or config.merge.weighs(len(fused))
+    reads = {"pivot": model(config.pivot), **fused, **({"prepare": prepare} if measures else {})}
     merged = task("merge", "", _settings(config.merge), reads)
     here = [*(s for s in config.sources if s.cache is None), config.pivot]  # a cached source may lack its weights
     measured = {f"model/{m.name}": model(m) for m in here}

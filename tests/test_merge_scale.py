@@ -16,6 +16,7 @@ from fusion.config import Config, Dataset, Distill, Merge, Model, Prepare
 from fusion.corpus import Corpus, write_samples
 from fusion.measure import bits_per_byte
 from fusion.merge import stage
+from fusion.merge.contribution import POWERS, search_power, shares
 from fusion.merge.scales import Scales, alike, search
 
 
@@ -133,7 +134,7 @@ def run(
 @pytest.mark.parametrize("method", ["linear", "sce"])
 def test_validation_samples_choose_the_scale(models: Any, tmp_path: Path, method: str) -> None:
     parameters: dict[str, Any] = {"tau": 1.0} if method == "sce" else {}
-    facts, out = run(models, tmp_path / "auto", Merge(method, parameters))
+    facts, out = run(models, tmp_path / "auto", Merge(method, parameters, weights="alike"))
     tried = {Scales(layers, outside): bits for layers, outside, bits in facts["bits by scale"]}
     chosen = Scales(facts["scale"], facts["scale outside of layers"])
     assert {alike(s) for s in (0.0, 0.5, 1.0)} < set(tried) and 0.1 < chosen.outside < 1
@@ -142,11 +143,11 @@ def test_validation_samples_choose_the_scale(models: Any, tmp_path: Path, method
     bits = bits_per_byte(model, out / "model", list(Corpus(models[2], "validation")), 4096)
     assert sum(bits.values()) / len(bits) == pytest.approx(tried[chosen], rel=1e-6)
     assert sorted(path.name for path in out.iterdir()) == ["model", "work"]  # what was tried is gone
-    given, again = run(models, tmp_path / "given", Merge(method, parameters, scale=0.625))
+    given, again = run(models, tmp_path / "given", Merge(method, parameters, scale=0.625, weights="alike"))
     assert "bits by scale" not in given and given["scale"] == given["scale outside of layers"] == 0.625
     name = "model/model.safetensors"
     start, auto, end = (load_file(path) for path in (models[0] / "model.safetensors", out / name, again / name))
-    whole = load_file(run(models, tmp_path / "whole", Merge(method, parameters, scale=1.0))[1] / name)
+    whole = load_file(run(models, tmp_path / "whole", Merge(method, parameters, scale=1.0, weights="alike"))[1] / name)
     for key, weight in whole.items():
         far = chosen.layers if ".layers." in key else chosen.outside
         torch.testing.assert_close(auto[key], start[key] + far * (weight - start[key]))
@@ -170,36 +171,98 @@ def test_leftovers_of_a_run_that_was_cut_off_are_no_hindrance(models: Any, tmp_p
     assert again == first and not (folder / "tries").exists()
 
 
-@pytest.mark.parametrize("cut", [2, 5, 9])
+@pytest.mark.parametrize(("weights", "cut"), [("alike", 2), ("alike", 5), ("alike", 9), ("auto", 2), ("auto", 7)])
 def test_a_run_that_was_cut_off_measures_the_rest_alone(
-    models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int
+    models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: Any, cut: int
 ) -> None:
-    whole, undisturbed = run(models, tmp_path / "whole", Merge("linear"))
     measured: list[str] = []
 
     def counted(model: Model, *rest: Any) -> dict[str, float]:
-        if len(measured) == cut:
-            measured.append("cut off")
-            raise KeyboardInterrupt
         measured.append(model.model)
+        if len(measured) == cut + 1:
+            raise KeyboardInterrupt
         return bits_per_byte(model, *rest)
 
+    merge = Merge("linear", weights=weights)
+    with monkeypatch.context() as patched:
+        patched.setattr(stage, "bits_per_byte", lambda *given: measured.append("") or bits_per_byte(*given))
+        whole, undisturbed = run(models, tmp_path / "whole", merge)
+    needed = len(measured)
+    assert needed == len(whole["bits by scale"]) or weights == "auto"
+    measured.clear()
     monkeypatch.setattr(stage, "bits_per_byte", counted)
     out = artifact(tmp_path, "merge")
     with pytest.raises(KeyboardInterrupt):
-        run(models, tmp_path, Merge("linear"), out)
-    again, folder = run(models, tmp_path, Merge("linear"), out)
-    assert again == whole and len(measured) == len(whole["bits by scale"]) + 1
+        run(models, tmp_path, merge, out)
+    again, folder = run(models, tmp_path, merge, out)
+    assert again == whole and len(measured) == needed + 1
     shutil.rmtree(folder / "work")  # as the pipeline does
     assert sorted(path.name for path in folder.iterdir()) == ["model"]
     name = "model/model.safetensors"
     assert (folder / name).read_bytes() == (undisturbed / name).read_bytes()
 
 
+def test_a_target_counts_by_what_it_gains(models: Any, tmp_path: Path) -> None:
+    pivot, (good, other), prepared = models
+    start = load_file(pivot / "model.safetensors")
+    file = other / "model/model.safetensors"
+    torch.manual_seed(3)  # as far from the pivot as the other, and nowhere
+    save_file({k: w + 0.05 * torch.randn_like(w) for k, w in start.items()}, file, metadata={"format": "pt"})
+    facts, out = run((pivot, [good, other], prepared), tmp_path / "auto", Merge("linear"))
+    alike_facts, _ = run((pivot, [good, other], prepared), tmp_path / "alike", Merge("linear", weights="alike"))
+    assert facts["weights"] == [1.0, 0.0] and "weights" not in alike_facts
+    bits = [min(bits for _, _, bits in told["bits by scale"]) for told in (facts, alike_facts)]
+    assert bits[0] < bits[1]
+    model = Model(str(out / "model"), "fused", dtype="float32")
+    found = bits_per_byte(model, out / "model", list(Corpus(prepared, "validation")), 4096)
+    assert sum(found.values()) / len(found) == pytest.approx(bits[0], rel=1e-6)
+    assert sorted(path.name for path in out.iterdir()) == ["model", "work"]
+    by_hand = Merge("linear", {"weights": [1.0, 0.0]}, scale=[facts["scale"], facts["scale outside of layers"]])
+    told, again = run((pivot, [good, other], prepared), tmp_path / "given", by_hand)
+    assert "weights" not in told and "bits by scale" not in told
+    name = "model/model.safetensors"
+    assert (again / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_a_given_scale_and_measured_weights(models: Any, tmp_path: Path) -> None:
+    facts, _ = run(models, tmp_path / "run", Merge("linear", scale=0.5))
+    assert facts["scale"] == 0.5 and sum(facts["weights"]) == pytest.approx(1)
+    assert [[layers, outside] for layers, outside, _ in facts["bits by scale"]] == [[0.5, 0.5]]
+
+
+@pytest.mark.parametrize(
+    ("gains", "power", "wanted"),
+    [
+        ([0.2, 0.1], 0.0, (0.5, 0.5)),
+        ([0.2, 0.1], 1.0, (2 / 3, 1 / 3)),
+        ([0.2, 0.1, -0.3], 2.0, (0.8, 0.2, 0.0)),
+        ([-0.2, -0.1], 4.0, (0.5, 0.5)),  # none gains anything
+        ([1e-200, 0.5e-200], 16.0, (1 / (1 + 2**-16), 2**-16 / (1 + 2**-16))),
+        ([float("-inf"), 0.1], 1.0, (0.0, 1.0)),
+    ],
+)
+def test_weights_by_gains(gains: list[float], power: float, wanted: tuple[float, ...]) -> None:
+    assert shares(gains, power) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("best", [0.0, 1.0, 4.0, 16.0])
+def test_the_power_that_measures_best(best: float) -> None:
+    asked: list[float] = []
+
+    def measure(power: float, scales: Scales) -> float:
+        asked.append(power)
+        return abs(POWERS.index(power) - POWERS.index(best)) + (scales.layers - 1.1 + power / 50) ** 2
+
+    power, scales, tried = search_power(measure, None)
+    assert power == best and tried[scales] == min(tried.values())
+    assert abs(scales.layers - 1.1 + power / 50) < 0.02 and len(asked) <= 22
+    assert search_power(measure, alike(0.7))[:2] == (best, alike(0.7))
+
+
 def test_what_was_found_can_be_given(models: Any, tmp_path: Path) -> None:
-    facts, found = run(models, tmp_path / "auto", Merge("linear"))
+    facts, found = run(models, tmp_path / "auto", Merge("linear", weights="alike"))
     scales = [facts["scale"], facts["scale outside of layers"]]
     assert scales[0] != scales[1]
-    _, again = run(models, tmp_path / "given", Merge("linear", scale=scales))
+    _, again = run(models, tmp_path / "given", Merge("linear", scale=scales, weights="alike"))
     name = "model/model.safetensors"
     assert (again / name).read_bytes() == (found / name).read_bytes()

@@ -61,6 +61,19 @@ def search(measure: Callable[[Scales], float], apart: bool = True) -> tuple[Scal
     return _best(tried), tried
 
 
+def refine(measure: Callable[[Scales], float], known: Mapping[Scales, float]) -> Scales:
+    """The best scales near the best of some that are known, after three measurements at most: within the layers."""
+    tried = dict(known)
+
+    def attempt(scales: Scales) -> float:
+        if scales not in tried:
+            tried[scales] = measure(scales)
+        return tried[scales]
+
+    _along(attempt, _best(tried), "layers")
+    return _best(tried)
+
+
 def _along(attempt: Callable[[Scales], float], here: Scales, part: str) -> None:
     """Try less of one part, then still less or else more, and where a parabola through the three is lowest."""
 

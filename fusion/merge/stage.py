@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from fusion.artifact import Artifact, write_json
 from fusion.config import Config
 from fusion.corpus import Corpus
 from fusion.measure import bits_per_byte, made_of
+from fusion.merge.contribution import search_power, shares
 from fusion.merge.engine import merge, plan
 from fusion.merge.methods import get_method
 from fusion.merge.pools import TensorReport
@@ -46,28 +47,43 @@ def check(config: Config) -> None:
 def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, Any]:
     """Write the fused checkpoint as a Hugging Face folder `model/`; every rank takes part.
 
-    With `scale: auto`, `inputs` holds `prepare` too, whose validation samples choose the scales.
+    With `scale: auto` and with `weights: auto`, `inputs` holds `prepare` too, whose validation samples choose the
+    scales, and how much each target counts.
 
     Raises:
         ValueError: an unknown method or parameter, or targets whose tensors are not the base's.
     """
     cluster.on_main(partial(_clear, out))
-    wanted = config.merge.scale
-    samples = list(Corpus(inputs["prepare"], "validation")) if wanted == "auto" else []
+    far = None if config.merge.scale == "auto" else given(config.merge.scale)
+    targets = {name: path for name, path in inputs.items() if name.startswith("target/")}
+    weighs = config.merge.weighs(len(targets))
+    samples = list(Corpus(inputs["prepare"], "validation")) if weighs or far is None else []
+    weights: tuple[float, ...] = ()
+    tried: dict[Scales, float] = {}
     if not samples:
-        scales, tried = alike(1) if wanted == "auto" else given(wanted), dict[Scales, float]()
-        reports = _merged(config, inputs, scales, out.folder / "model")
+        scales = far or alike(1)
+        reports = _merged(config, inputs, weights, scales, out.folder / "model")
     else:
         tries = _Tries(config, inputs, out, samples)
-        scales, tried = search(tries.measure, apart=_layered(config, inputs))
-        reports = tries.keep(scales)
+        apart = _layered(config, inputs)
+        if weighs:
+            gains = tries.gains([path / "model" for path in targets.values()])
+            power, scales, tried = search_power(lambda p, s: tries.measure(shares(gains, p), s), far, apart)
+            weights = shares(gains, power)
+        else:
+            scales, tried = search(partial(tries.measure, weights), apart)
+        reports = tries.keep(weights, scales)
     finite = [[s.layers, s.outside, bits] for s, bits in tried.items() if math.isfinite(bits)]
-    told = {"scale": scales.layers, "scale outside of layers": scales.outside}
+    told: dict[str, Any] = {"scale": scales.layers, "scale outside of layers": scales.outside}
+    told |= {"weights": list(weights)} if weights else {}
     return {**_facts(config, inputs, reports), **told, **({"bits by scale": finite} if finite else {})}
 
 
+_Try = tuple[tuple[float, ...], Scales]  # weights, none where they are the recipe's; and how far
+
+
 class _Tries:
-    """Merges with several scales, measured on samples; the best so far is kept, so that two at most are on disk.
+    """Merges with several weights and scales, measured on samples; the best so far is kept: two at most are on disk.
 
     What was measured is written down, so that a run that was cut off measures the rest alone.
 
@@ -77,60 +93,78 @@ class _Tries:
 
     def __init__(self, config: Config, inputs: Mapping[str, Path], out: Artifact, samples: list[Sample]) -> None:
         self._config, self._inputs, self._out, self._samples = config, inputs, out, samples
-        self._memory = out.folder / "work/tries.json"
-        self._known: dict[Scales, float] = cluster.on_main(self._remembered)
-        self._kept: tuple[Scales, list[TensorReport]] | None = None  # what is on disk
+        self._memory = out.folder / "work/tried.json"
+        self._known: dict[_Try, float] = cluster.on_main(self._remembered)
+        self._kept: tuple[_Try, list[TensorReport]] | None = None  # what is on disk
 
-    def measure(self, scales: Scales) -> float:
-        """Bits per byte, the mean over domains, of the merge with some scales."""
-        if scales not in self._known:
+    def gains(self, models: Sequence[Path]) -> list[float]:
+        """By how many bits per byte, the mean over domains, each of some models is better than the base.
+
+        0 where one of them is not finite.
+        """
+        alone = [tuple(float(n == at) for n in range(len(models))) for at in range(len(models))]
+        base = self.measure((), alike(0))
+        for told, model in zip(alone, models, strict=True):
+            if (told, alike(1)) not in self._known:
+                self._known[told, alike(1)] = self._bits(model, model.parent.name)
+                cluster.on_main(self._remember)
+        gains = [base - self._known[told, alike(1)] for told in alone]
+        return [gain if math.isfinite(gain) else 0.0 for gain in gains]
+
+    def measure(self, weights: tuple[float, ...], scales: Scales) -> float:
+        """Bits per byte, the mean over domains, of the merge with some weights and scales."""
+        one: _Try = ((), scales) if scales == alike(0) else (weights, scales)
+        if one not in self._known:
             if scales == alike(0):
-                self._known[scales] = self._bits(self._inputs["pivot"], scales)
+                self._known[one] = self._bits(self._inputs["pivot"], "pivot")
             else:
-                self._try(scales)
+                self._try(one)
             cluster.on_main(self._remember)
-        return self._known[scales]
+        return self._known[one]
 
-    def keep(self, scales: Scales) -> list[TensorReport]:
-        """Make the merge with some scales the result; the report of its tensors."""
-        if self._kept is None or self._kept[0] != scales:  # measured before a run was cut off
-            self._kept = (scales, _merged(self._config, self._inputs, scales, self._folder(scales)))
+    def keep(self, weights: tuple[float, ...], scales: Scales) -> list[TensorReport]:
+        """Make the merge with some weights and scales the result; the report of its tensors."""
+        one: _Try = (weights, scales)
+        if self._kept is None or self._kept[0] != one:  # measured before a run was cut off, or beaten by another
+            if self._kept is not None:
+                cluster.on_main(partial(shutil.rmtree, self._folder(self._kept[0])))
+            self._kept = (one, _merged(self._config, self._inputs, *one, self._folder(one)))
 
         def place() -> None:
-            self._folder(scales).rename(self._out.folder / "model")
+            self._folder(one).rename(self._out.folder / "model")
             shutil.rmtree(self._out.folder / "tries")
 
         cluster.on_main(place)
         return self._kept[1]
 
-    def _try(self, scales: Scales) -> None:
-        reports = _merged(self._config, self._inputs, scales, self._folder(scales))
-        bits = self._bits(self._folder(scales), scales)
-        best = min((b for s, b in self._known.items() if s != alike(0)), default=None)
-        self._known[scales] = bits
-        beaten: Scales | None = scales
-        if best is None or bits < best:
-            beaten, self._kept = self._kept and self._kept[0], (scales, reports)
+    def _try(self, one: _Try) -> None:
+        reports = _merged(self._config, self._inputs, *one, self._folder(one))
+        bits = self._bits(self._folder(one), _short(one))
+        self._known[one] = bits
+        beaten: _Try | None = one
+        if self._kept is None or bits < self._known[self._kept[0]]:
+            beaten, self._kept = self._kept and self._kept[0], (one, reports)
         if beaten is not None:
             cluster.on_main(partial(shutil.rmtree, self._folder(beaten)))
 
-    def _bits(self, folder: Path, scales: Scales) -> float:
-        model = made_of(self._config.pivot, folder, f"scale-{_short(scales)}")
+    def _bits(self, folder: Path, name: str) -> float:
+        model = made_of(self._config.pivot, folder, name)
         found = bits_per_byte(model, folder, self._samples, self._config.release.batch_tokens)
         bits = sum(found.values()) / len(found)
         return bits if math.isfinite(bits) else math.inf
 
-    def _remembered(self) -> dict[Scales, float]:
+    def _remembered(self) -> dict[_Try, float]:
         if not self._memory.exists():
             return {}
-        return {Scales(layers, outside): bits for layers, outside, bits in json.loads(self._memory.read_text())}
+        held = json.loads(self._memory.read_text())
+        return {(tuple(weights), Scales(layers, outside)): bits for weights, layers, outside, bits in held}
 
     def _remember(self) -> None:
         self._memory.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self._memory, [[s.layers, s.outside, bits] for s, bits in self._known.items()])
+        write_json(self._memory, [[w, s.layers, s.outside, bits] for (w, s), bits in self._known.items()])
 
-    def _folder(self, scales: Scales) -> Path:
-        return self._out.folder / "tries" / _short(scales)
+    def _folder(self, one: _Try) -> Path:
+        return self._out.folder / "tries" / _short(one)
 
 
 def scaled(whole: MergeRecipe, scales: Scales) -> MergeRecipe:
@@ -143,8 +177,9 @@ def _layered(config: Config, inputs: Mapping[str, Path]) -> bool:
     return len({job.layer is None for job in plan(recipe(config, inputs)).layout.jobs}) == 2
 
 
-def _short(scales: Scales) -> str:
-    return f"{scales.layers:g}-{scales.outside:g}"
+def _short(one: _Try) -> str:
+    weights, scales = one
+    return "-".join(f"{number:g}" for number in (scales.layers, scales.outside, *weights))
 
 
 def _clear(out: Artifact) -> None:
@@ -153,8 +188,13 @@ def _clear(out: Artifact) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _merged(config: Config, inputs: Mapping[str, Path], scales: Scales, folder: Path) -> list[TensorReport]:
-    planned = plan(scaled(recipe(config, inputs), scales))
+def _merged(
+    config: Config, inputs: Mapping[str, Path], weights: tuple[float, ...], scales: Scales, folder: Path
+) -> list[TensorReport]:
+    whole = recipe(config, inputs)
+    if weights:
+        whole = replace(whole, parameters={**whole.parameters, "weights": list(weights)})
+    planned = plan(scaled(whole, scales))
     with tracking.bar("merge, MB", planned.bytes_to_read // _MB) as bar:
         return merge(planned, folder, on_bytes=_Megabytes(bar))
 
