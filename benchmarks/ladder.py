@@ -220,11 +220,15 @@ TRIALS = {
             "gate: all by their bits, label weight 0",
             distill={"gate": "avg_ce", "label_weight": 0.0},
         ),
-        _trial(
-            "gate-average-256",
-            "gate: all by their bits, 256 entries of the mean",
-            distill={"gate": "avg_ce", "k": 256},
+        *(
+            _trial(
+                f"gate-{name}-256",
+                f"gate: all by their bits, temperature {degree:g}, 256 entries of the mean",
+                distill={"gate": "avg_ce", "gate_temperature": degree, "k": 256},
+            )
+            for name, degree in (("cool", 0.25), ("average", 1.0))
         ),
+        _trial("entries-256", "256 entries of a projected distribution", distill={"k": 256}),
         _trial("gate-segment", "gate: the best of each segment", distill={"gate_level": "segment"}),
         _trial("gate-token", "gate: the best of each token", distill={"gate_level": "token"}),
         _trial("pivot-absent", "pivot not asked", distill={"pivot": "absent"}),
