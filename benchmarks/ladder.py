@@ -109,12 +109,15 @@ class Rung:
     begin: float = 1e-3
 
 
+BEST: dict[str, Any] = {"gate": "min_ce", "gate_temperature": 1.0, "k": 64}  # the best of all teaches a sample
+
+
 def _as_published(procedure: str) -> dict[str, Any]:
     """Top 10 of a source renormalised; the best of all by its own tokens, the pivot among them; lambda 0.9."""
     return {
         "capture": {"sampler": "top_k", "k": 10},
         "align": {"procedure": procedure},
-        "distill": {"gate": "min_ce", "gate_unit": "tokens", "pivot": "teach", "label_weight": 0.9},
+        "distill": {**BEST, "gate_unit": "tokens", "pivot": "teach", "label_weight": 0.9},
     }
 
 
@@ -174,12 +177,17 @@ RUNGS = {
 }
 
 
+def _best(**changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """`OURS` where the best source alone teaches a sample, with some changes."""
+    return _ours(**{**changes, "distill": {**BEST, **changes.get("distill", {})}})
+
+
 def _trial(name: str, about: str, **changes: dict[str, Any]) -> Rung:
-    """`joint` with some changes."""
-    return Rung(name, about, "joint", _ours(**changes), DRAWN_BACK)
+    """`joint` where the best source alone teaches a sample, with some changes."""
+    return Rung(name, about, "joint", _best(**changes), DRAWN_BACK)
 
 
-# one change at a time to `joint`, to choose the defaults by; docs/log.md tells what each came to
+# one change at a time to `gate-best`, to choose the defaults by; docs/log.md tells what each came to
 TRIALS = {
     r.name: r
     for r in (
@@ -190,7 +198,9 @@ TRIALS = {
             {"distill": {"freeze_embeddings": True}},
             DRAWN_BACK,
         ),
-        Rung("pairwise-gate", "ours, pairwise, pivot gates", "pairwise", _ours(distill={"pivot": "gate"}), MERGES),
+        Rung("pairwise-gate", "ours, pairwise, pivot gates", "pairwise", _best(distill={"pivot": "gate"}), MERGES),
+        Rung("pairwise-best", "ours, pairwise, gate: the best of each sample", "pairwise", _best(), MERGES),
+        _trial("gate-best", "ours, joint, gate: the best of each sample"),
         _trial("frozen", "embeddings frozen", distill={"freeze_embeddings": True}),
         _trial("weight-0", "label weight 0", distill={"label_weight": 0.0}),
         _trial("weight-0.1", "label weight 0.1", distill={"label_weight": 0.1}),
@@ -220,13 +230,10 @@ TRIALS = {
             "gate: all by their bits, label weight 0",
             distill={"gate": "avg_ce", "label_weight": 0.0},
         ),
-        *(
-            _trial(
-                f"gate-{name}-256",
-                f"gate: all by their bits, temperature {degree:g}, 256 entries of the mean",
-                distill={"gate": "avg_ce", "gate_temperature": degree, "k": 256},
-            )
-            for name, degree in (("cool", 0.25), ("average", 1.0))
+        _trial(
+            "gate-average-256",
+            "gate: all by their bits, 256 entries of the mean",
+            distill={"gate": "avg_ce", "k": 256},
         ),
         _trial("entries-256", "256 entries of a projected distribution", distill={"k": 256}),
         _trial("gate-segment", "gate: the best of each segment", distill={"gate_level": "segment"}),

@@ -125,13 +125,13 @@ class Distill:
     topology: Literal["pairwise", "joint"] = "joint"  # a target a source, merged then; or one from all sources
     # who teaches, by cross-entropy in bits per byte: the best source, all by softmax(-bits / gate_temperature), all
     # alike, or as `weights` says
-    gate: Literal["min_ce", "avg_ce", "all", "fixed", "none"] = "min_ce"
+    gate: Literal["min_ce", "avg_ce", "all", "fixed", "none"] = "avg_ce"
     gate_level: Literal["sample", "segment", "token"] = "sample"  # what is costed and taught by itself
     gate_unit: Literal["bytes", "tokens"] = "bytes"  # tokens, of the source's own: as published; with gate_level sample
-    gate_temperature: Annotated[float, Field(gt=0)] = 1.0
+    gate_temperature: Annotated[float, Field(gt=0)] = 0.25  # bits per byte
     weights: dict[str, Annotated[float, Field(ge=0)]] = field(default_factory=dict)  # of gate: fixed
-    # where the pivot is better than every source on a sample: it teaches (FuseLLM), labels alone do (gate), or the gate
-    # does not ask it (absent)
+    # the pivot teaches as the gate says, under min_ce where it is better than every source (FuseLLM); or labels alone
+    # teach there (gate); or the gate does not ask it (absent)
     pivot: Literal["teach", "gate", "absent"] = "teach"
     label_weight: Share = 0.3  # lambda
     # over the training: constant, linear or cosine to label_weight_end, or 1 - (1 - lambda) times the share that
@@ -145,7 +145,7 @@ class Distill:
     student_temperature: Annotated[float, Field(gt=0)] = 1.0
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     average: Literal["tokens", "samples"] = "tokens"  # what weighs alike in a step
-    k: Positive = 64  # entries of the projected distribution that are kept
+    k: Positive = 256  # entries that are kept of what teaches: a projected distribution, or the mean of several
     control: bool = True  # one more target from labels alone, for the report
     epochs: Annotated[float, Field(gt=0)] = 1.0
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-5
