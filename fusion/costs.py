@@ -66,7 +66,8 @@ def estimate(config: Config, found: Survey | None = None) -> list[Cost]:
         hours = 3 * seen / tried.rate / 3600  # a step is three passes of what was timed as one
     for name in [*names, *(["control"] if distill.control else [])]:
         rows.append(Cost(f"distill/{name}", config.pivot.model, None, seen, hours, weights))
-    held = sizes.product(2, weights) if config.merge.scale == "auto" else weights  # the best so far and the next
+    measures = config.merge.scale == "auto" or config.merge.weighs(len(names))
+    held = sizes.product(2, weights) if measures else weights  # the best so far and the next
     rows.append(Cost("merge", f"{len(names)} targets, {config.merge.method}", None, None, 0, held))
     rows.append(Cost("release", "everything, measured on the held-out samples", disk=weights))
     begun = states(found.tasks.values())
