@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,8 +16,8 @@ from ladder_record import Record, Row
 from fusion import pipeline, tracking
 from fusion.artifact import Artifact, read_manifest
 from fusion.config import Config
-from fusion.merge.contribution import search_power, shares
-from fusion.merge.scales import Scales, alike, search
+from fusion.merge.contribution import choose
+from fusion.merge.scales import Scales, alike
 
 
 @dataclass(frozen=True)
@@ -147,15 +146,11 @@ def _merged(lab: Lab, config: Config, targets: dict[str, Artifact], settings: Ma
             return fmean(lab.bits(config, "merged", folder, key, "choose").values())
 
     of_pivot = float(_of_folder(lab, config, "pivot", Path(config.pivot.model))["choose"]["mean"])
-    wanted, weights = settings.get("scale", 1.0), tuple[float, ...]()
-    far = None if wanted == "auto" else alike(wanted)
+    wanted, alone = settings.get("scale", 1.0), list[float]()
     if settings.get("weights") == "auto":
         of_targets = [lab.bits(config, n, a.folder / "model", a.key, "choose") for n, a in targets.items()]
-        gains = [of_pivot - fmean(bits.values()) for bits in of_targets]
-        power, scales, _ = search_power(lambda p, s: measure(shares(gains, p), s), far)
-        weights = shares(gains, power)
-    else:
-        scales = far or search(partial(measure, weights))[0]
+        alone = [fmean(bits.values()) for bits in of_targets]
+    weights, scales, _ = choose(measure, alone, None if wanted == "auto" else alike(wanted))
     with lab.merged(config, targets, _weighed(settings, weights), scales) as (folder, key):
         told = _measured(lab, config, "merged", folder, key)
     found = {"weights": list(weights)} if weights else {}

@@ -1,6 +1,8 @@
 """How much each target counts in an average: by what it gains over the base alone, as measured."""
 
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from fusion.merge.scales import Scales, alike, refine, search
 
@@ -58,3 +60,31 @@ def search_power(
         attempt(power, alike(1))  # the middle of what a mean may need, which alone reaches far from where FIRST ended
         scales = refine(lambda scales: attempt(power, scales), tried[power])
     return power, scales, tried[power]
+
+
+def choose(
+    measure: Callable[[tuple[float, ...], Scales], float],
+    alone: Sequence[float],
+    far: Scales | None,
+    apart: bool = True,
+) -> tuple[tuple[float, ...], Scales, dict[Scales, float]]:
+    """How much each target counts, and how far to go, by what is measured.
+
+    Args:
+        measure: weights, none where they are the recipe's, and scales → bits per byte; scales of 0 are the base.
+        alone: each target's bits per byte; none where targets are not to be weighed.
+        far: see `search_power`.
+        apart: see `scales.search`.
+
+    Returns:
+        The weights, the scales, and the bits per byte of all scales that were measured with these weights.
+
+    Raises:
+        ValueError: no scales give bits per byte that are finite.
+    """
+    if not alone:
+        return (), *((far, {}) if far else search(partial(measure, ()), apart))
+    base = measure((), alike(0))
+    gains = [base - bits if math.isfinite(base - bits) else 0.0 for bits in alone]
+    power, scales, tried = search_power(lambda power, scales: measure(shares(gains, power), scales), far, apart)
+    return shares(gains, power), scales, tried

@@ -15,13 +15,13 @@ from fusion.artifact import Artifact, write_json
 from fusion.config import Config
 from fusion.corpus import Corpus
 from fusion.measure import bits_per_byte, made_of
-from fusion.merge.contribution import search_power, shares
+from fusion.merge.contribution import choose
 from fusion.merge.engine import merge, plan
 from fusion.merge.methods import get_method
 from fusion.merge.pools import TensorReport
 from fusion.merge.recipe import MergeRecipe
 from fusion.merge.records import Lines
-from fusion.merge.scales import Scales, alike, given, search
+from fusion.merge.scales import Scales, alike, given
 from fusion.records import Sample
 
 _MB = 1_000_000
@@ -55,8 +55,8 @@ def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, 
     """
     cluster.on_main(partial(_clear, out))
     far = None if config.merge.scale == "auto" else given(config.merge.scale)
-    targets = {name: path for name, path in inputs.items() if name.startswith("target/")}
-    weighs = config.merge.weighs(len(targets))
+    models = [Path(model) for model in recipe(config, inputs).models]
+    weighs = config.merge.weighs(len(models))
     samples = list(Corpus(inputs["prepare"], "validation")) if weighs or far is None else []
     weights: tuple[float, ...] = ()
     tried: dict[Scales, float] = {}
@@ -65,13 +65,8 @@ def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, 
         reports = _merged(config, inputs, weights, scales, out.folder / "model")
     else:
         tries = _Tries(config, inputs, out, samples)
-        apart = _layered(config, inputs)
-        if weighs:
-            gains = tries.gains([path / "model" for path in targets.values()])
-            power, scales, tried = search_power(lambda p, s: tries.measure(shares(gains, p), s), far, apart)
-            weights = shares(gains, power)
-        else:
-            scales, tried = search(partial(tries.measure, weights), apart)
+        alone = tries.alone(models) if weighs else []
+        weights, scales, tried = choose(tries.measure, alone, far, _layered(config, inputs))
         reports = tries.keep(weights, scales)
     finite = [[s.layers, s.outside, bits] for s, bits in tried.items() if math.isfinite(bits)]
     told: dict[str, Any] = {"scale": scales.layers, "scale outside of layers": scales.outside}
@@ -97,19 +92,14 @@ class _Tries:
         self._known: dict[_Try, float] = cluster.on_main(self._remembered)
         self._kept: tuple[_Try, list[TensorReport]] | None = None  # what is on disk
 
-    def gains(self, models: Sequence[Path]) -> list[float]:
-        """By how many bits per byte, the mean over domains, each of some models is better than the base.
-
-        0 where one of them is not finite.
-        """
-        alone = [tuple(float(n == at) for n in range(len(models))) for at in range(len(models))]
-        base = self.measure((), alike(0))
-        for told, model in zip(alone, models, strict=True):
-            if (told, alike(1)) not in self._known:
-                self._known[told, alike(1)] = self._bits(model, model.parent.name)
+    def alone(self, models: Sequence[Path]) -> list[float]:
+        """Bits per byte, the mean over domains, of each of the models that are merged."""
+        each: list[_Try] = [(tuple(float(n == at) for n in range(len(models))), alike(1)) for at in range(len(models))]
+        for one, model in zip(each, models, strict=True):
+            if one not in self._known:
+                self._known[one] = self._bits(model, model.parent.name)
                 cluster.on_main(self._remember)
-        gains = [base - self._known[told, alike(1)] for told in alone]
-        return [gain if math.isfinite(gain) else 0.0 for gain in gains]
+        return [self._known[one] for one in each]
 
     def measure(self, weights: tuple[float, ...], scales: Scales) -> float:
         """Bits per byte, the mean over domains, of the merge with some weights and scales."""
