@@ -16,6 +16,7 @@ from ladder_record import Record, Row
 from fusion import pipeline, tracking
 from fusion.artifact import Artifact, read_manifest
 from fusion.config import Config
+from fusion.measure import Reading
 from fusion.merge.contribution import choose
 from fusion.merge.scales import Scales, alike
 
@@ -139,18 +140,21 @@ def _seen(regime: Regime, rung: Rung, row: Row) -> Row:
 def _merged(lab: Lab, config: Config, targets: dict[str, Artifact], settings: Mapping[str, Any]) -> Row:
     """The figures of one merge; what `merge.scale: auto` and `merge.weights: auto` choose, the choosing half does."""
 
-    def measure(weights: tuple[float, ...], scales: Scales) -> float:
+    def reading(weights: tuple[float, ...], scales: Scales) -> Reading:
         if scales == alike(0):
-            return of_pivot
+            folder = Path(config.pivot.model)
+            return lab.reading(config, "pivot", folder, lab.fingerprint(folder), "choose")
         with lab.merged(config, targets, _weighed(settings, weights), scales) as (folder, key):
-            return fmean(lab.bits(config, "merged", folder, key, "choose").values())
+            return lab.reading(config, "merged", folder, key, "choose")
 
-    of_pivot = float(_of_folder(lab, config, "pivot", Path(config.pivot.model))["choose"]["mean"])
+    def lead(weights: tuple[float, ...], scales: Scales, others: Scales) -> tuple[float, float]:
+        return reading(weights, scales).lead(reading(weights, others))
+
     wanted, alone = settings.get("scale", 1.0), list[float]()
     if settings.get("weights") == "auto":
-        of_targets = [lab.bits(config, n, a.folder / "model", a.key, "choose") for n, a in targets.items()]
-        alone = [fmean(bits.values()) for bits in of_targets]
-    weights, scales, _ = choose(measure, alone, None if wanted == "auto" else alike(wanted))
+        alone = [lab.reading(config, n, a.folder / "model", a.key, "choose").mean() for n, a in targets.items()]
+    far = None if wanted == "auto" else alike(wanted)
+    weights, scales, _ = choose(lambda weights, scales: reading(weights, scales).mean(), alone, far, lead)
     with lab.merged(config, targets, _weighed(settings, weights), scales) as (folder, key):
         told = _measured(lab, config, "merged", folder, key)
     found = {"weights": list(weights)} if weights else {}
@@ -172,7 +176,7 @@ def _of_folder(lab: Lab, config: Config, name: str, folder: Path) -> Row:
 def _measured(lab: Lab, config: Config, name: str, folder: Path, key: str) -> Row:
     told: Row = {}
     for half in PIECES:
-        bits = lab.bits(config, name, folder, key, half)
+        bits = lab.reading(config, name, folder, key, half).bits()
         told[half] = {**bits, "mean": fmean(bits.values())}
     return told | ({"solved": lab.solved(folder, key), "questions": lab.questions} if lab.questions else {})
 

@@ -11,6 +11,7 @@ from typing import Any
 import common
 import ladder
 import ladder_corpus
+import numpy as np
 import yaml
 from ladder import DEEPSPEED, DTYPE, MIXTURE, MIXTURE_BYTES, MIXTURE_RATE, ROOT, RUNGS, Regime, Rung, Zoo
 
@@ -18,7 +19,7 @@ from fusion import config_file, hub, pipeline, tracking
 from fusion.artifact import Artifact, digest, read_manifest, write_json
 from fusion.config import Config, Model
 from fusion.corpus import Corpus
-from fusion.measure import bits_per_byte
+from fusion.measure import Reading, read
 from fusion.merge.engine import merge, plan
 from fusion.merge.recipe import MergeRecipe
 from fusion.merge.scales import Scales, alike
@@ -150,16 +151,18 @@ class Lab:
             return False
         return True
 
-    def bits(self, config: Config, name: str, folder: Path, key: str, half: str) -> dict[str, float]:
-        """A model's bits per byte on one half of the held-out texts, by domain; `key` tells its weights."""
+    def reading(self, config: Config, name: str, folder: Path, key: str, half: str) -> Reading:
+        """What a model makes of the samples of one half of the held-out texts; `key` tells its weights."""
         pieces = self._heldout_pieces(config)
         asked = {half: [sample.id for sample in those] for half, those in pieces.items()}
-        path = self.work / "measured" / f"{digest([key, asked, *self._type()])}.json"
-        found: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
+        path = self.work / "readings" / f"{digest([key, asked, *self._type()])}.json"
+        found: dict[str, list[list[float]]] = json.loads(path.read_text()) if path.exists() else {}
         if half not in found:
-            found[half] = bits_per_byte(self._model(folder, name), self._made(folder), pieces[half], 8192)
+            made = read(self._model(folder, name), self._made(folder), pieces[half], 8192)
+            found[half] = [made.nats.tolist(), made.sizes.tolist()]
             write_json(path, found)
-        return found[half]
+        nats, sizes = (np.array(numbers) for numbers in found[half])
+        return Reading(tuple(sample.domain for sample in pieces[half]), nats, sizes)
 
     def _model(self, folder: Path, name: str) -> Model:
         return Model(str(folder), name, dtype=self.zoo.dtype)  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ STAGES = {
     "capture": ("fusion.capture.stage", 3),
     "align": ("fusion.align.stage", 2),
     "distill": ("fusion.distill.stage", 3),
-    "merge": ("fusion.merge.stage", 4),
+    "merge": ("fusion.merge.stage", 5),
     "release": ("fusion.release.stage", 1),
 }
 # settings that change how long a stage takes or whether it starts, never what it writes

@@ -10,7 +10,7 @@ from tiny import samples
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from fusion.config import Model
-from fusion.measure import bits_per_byte
+from fusion.measure import Reading, bits_per_byte
 from fusion.records import Message, Sample, sample_id
 from fusion.tracking import Tracker
 
@@ -53,6 +53,39 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.mark.parametrize("batch_tokens", [1, 60, 4096])
 def test_bits_per_byte_is_a_naive_reading(folder: Path, batch_tokens: int) -> None:
     assert measure(folder, of("d", TEXTS), batch_tokens) == pytest.approx({"d": naive(folder, TEXTS)}, rel=1e-5)
+
+
+def _reading(domains: list[str], nats: list[float], sizes: list[int]) -> Reading:
+    return Reading(tuple(domains), np.array(nats) * np.log(2), np.array(sizes))
+
+
+def test_the_lead_of_one_reading_over_another_is_its_mean_and_its_error() -> None:
+    """Drawn again and again, the leads vary as their standard error says."""
+    draw = np.random.default_rng(0)
+    sizes, domains = draw.integers(20, 900, 400), ["a"] * 300 + ["b"] * 100
+    leads, errors = [], []
+    for _ in range(300):
+        hard = draw.normal(3, 1, 400)  # of each sample, for both alike: no noise of the difference
+        first, second = (sizes * (hard + shift + draw.normal(0, 0.2, 400)) for shift in (-0.1, 0))
+        ahead, behind = (_reading(domains, list(nats), list(sizes)) for nats in (first, second))
+        lead, error = ahead.lead(behind)
+        assert lead == pytest.approx(behind.mean() - ahead.mean())
+        assert behind.lead(ahead) == (pytest.approx(-lead), pytest.approx(error))
+        leads.append(lead)
+        errors.append(error)
+    assert np.mean(leads) == pytest.approx(0.1, abs=0.003)
+    assert np.mean(errors) == pytest.approx(np.std(leads), rel=0.15)
+
+
+def test_a_domain_of_one_sample_tells_nothing_of_its_noise() -> None:
+    ahead = _reading(["a", "a", "b", "c"], [10, 20, 30, 5], [10, 20, 10, 0])
+    behind = _reading(["a", "a", "b", "c"], [20, 40, 34, 5], [10, 20, 10, 0])
+    assert ahead.bits() == pytest.approx({"a": 1.0, "b": 3.0}) and ahead.mean() == pytest.approx(2.0)
+    assert ahead.lead(behind) == pytest.approx((0.7, 0.2))  # 1.0 in a, to the byte; 0.4 in b, all of it perhaps noise
+
+
+def test_a_reading_that_is_no_number_is_infinitely_bad() -> None:
+    assert _reading(["a"], [float("nan")], [3]).mean() == float("inf")
 
 
 def test_domains_are_apart(folder: Path) -> None:

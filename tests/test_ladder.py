@@ -2,14 +2,18 @@
 
 import importlib
 import json
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from tiny import ROOT, artifact, load, samples, tree, write_lines
 
 from fusion import config_file
+from fusion.measure import Reading
 
 
 @pytest.fixture
@@ -385,27 +389,34 @@ def test_a_merge_is_made_where_a_figure_is_asked_for_and_gone_afterwards(
     lab = object.__new__(shop.Lab)
     lab.work, lab.questions, lab._unmade = tmp_path, 0, {}
     lab.zoo = _zoo(importlib.import_module("ladder"), tmp_path)
-    (tmp_path / "measured").mkdir()
+    (tmp_path / "readings").mkdir()
     lab._pieces = {"choose": samples(2, seed=1), "report": samples(2, seed=2)}
     config = load(tmp_path, tree(tmp_path, tmp_path / "pivot", {"a": tmp_path}))
     target = artifact(tmp_path, "distill")
+    noise = 0.0  # by which scales suit one sample and not the other
     merged: list[tuple[float, float]] = []
 
     def merge(recipe: Any, folder: Path) -> None:
         merged.append((1.0, 1.0) if recipe.lines is None else (recipe.lines.alpha, recipe.lines.outside))
         folder.mkdir(parents=True)
 
-    def bits(model: Any, folder: Path, pieces: Any, batch_tokens: int) -> dict[str, float]:
+    def read(model: Any, folder: Path, pieces: Any, batch_tokens: int) -> Reading:
         layers, outside = (0, 0) if folder.name == "pivot" else merged[-1]
         assert folder.name == "pivot" or folder.is_dir()
-        return {"math": 2 + (layers - 0.75) ** 2 + (outside - 0.5) ** 2}
+        nats = math.log(2) * (2 + (layers - 0.75) ** 2 + (outside - 0.5) ** 2 + noise * np.array([layers, -layers]))
+        return Reading(("plain", "plain"), nats, np.ones(2, np.int64))
 
     monkeypatch.setattr(shop, "merge", merge)
     monkeypatch.setattr(shop, "plan", lambda recipe: recipe)
-    monkeypatch.setattr(shop, "bits_per_byte", bits)
+    monkeypatch.setattr(shop, "read", read)
     monkeypatch.setattr(shop.hub, "fingerprint", lambda *_: {"weights": "pivot"})
     told = climbing._merged(lab, config, {"joint": target}, {"method": "linear", "scale": "auto"})
-    assert told["scale"] == [0.75, 0.5] and told["report"] == {"math": 2.0, "mean": 2.0}
+    assert told["scale"] == [0.75, 0.5] and told["report"] == {"plain": 2.0, "mean": 2.0}
     assert merged[-2:] == [(0.75, 0.5)] * 2 and len(merged) == 10  # once more for the half that reports
     again = climbing._merged(lab, config, {"joint": target}, {"method": "linear", "scale": "auto"})
     assert again == told and len(merged) == 10 and not list((tmp_path / "merged").glob("*"))
+    noise = 10.0
+    shutil.rmtree(tmp_path / "readings")
+    (tmp_path / "readings").mkdir()
+    told = climbing._merged(lab, config, {"joint": target}, {"method": "linear", "scale": "auto"})
+    assert told["scale"] == [1.0, 1.0]  # nothing is surely better

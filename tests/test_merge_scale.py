@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fusion.artifact import Artifact
 from fusion.config import Config, Dataset, Distill, Merge, Model, Prepare
 from fusion.corpus import Corpus, write_samples
-from fusion.measure import bits_per_byte
+from fusion.measure import Reading, bits_per_byte, read
 from fusion.merge import stage
-from fusion.merge.contribution import POWERS, search_power, shares
+from fusion.merge.contribution import POWERS, choose, search_power, shares
 from fusion.merge.scales import Scales, alike, search
 
 
@@ -177,20 +179,20 @@ def test_a_run_that_was_cut_off_measures_the_rest_alone(
 ) -> None:
     measured: list[str] = []
 
-    def counted(model: Model, *rest: Any) -> dict[str, float]:
+    def counted(model: Model, *rest: Any) -> Reading:
         measured.append(model.model)
         if len(measured) == cut + 1:
             raise KeyboardInterrupt
-        return bits_per_byte(model, *rest)
+        return read(model, *rest)
 
     merge = Merge("linear", weights=weights)
     with monkeypatch.context() as patched:
-        patched.setattr(stage, "bits_per_byte", lambda *given: measured.append("") or bits_per_byte(*given))
+        patched.setattr(stage, "read", lambda *given: measured.append("") or read(*given))
         whole, undisturbed = run(models, tmp_path / "whole", merge)
     needed = len(measured)
     assert needed == len(whole["bits by scale"]) or weights == "auto"
     measured.clear()
-    monkeypatch.setattr(stage, "bits_per_byte", counted)
+    monkeypatch.setattr(stage, "read", counted)
     out = artifact(tmp_path, "merge")
     with pytest.raises(KeyboardInterrupt):
         run(models, tmp_path, merge, out)
@@ -257,6 +259,48 @@ def test_the_power_that_measures_best(best: float) -> None:
     assert power == best and tried[scales] == min(tried.values())
     assert abs(scales.layers - 1.1 + power / 50) < 0.02 and len(asked) <= 22
     assert search_power(measure, alike(0.7))[:2] == (best, alike(0.7))
+
+
+@pytest.mark.parametrize(("error", "chosen"), [(0.03, Scales(0.9, 0.6)), (0.05, alike(1))])
+def test_all_of_the_update_where_nothing_is_surely_better(error: float, chosen: Scales) -> None:
+    def measure(weights: tuple[float, ...], scales: Scales) -> float:
+        return 2 + (scales.layers - 0.9) ** 2 + 0.5 * (scales.outside - 0.6) ** 2
+
+    def lead(weights: tuple[float, ...], scales: Scales, others: Scales) -> tuple[float, float]:
+        return measure(weights, others) - measure(weights, scales), error  # 0.09 between the best and all of it
+
+    for alone in ([], [1.9, 1.8]):
+        assert choose(measure, alone, None, lead)[1] == chosen
+        assert choose(measure, alone, alike(0.5), lead)[1] == alike(0.5)  # what is given is taken
+
+
+def test_all_of_an_update_that_is_no_number_is_not_taken() -> None:
+    def measure(weights: tuple[float, ...], scales: Scales) -> float:
+        return float("inf") if scales.layers > 0.9 else 2 - scales.layers
+
+    weights, scales, _ = choose(measure, [], None, lambda *_: (float("nan"), float("nan")))
+    assert scales.layers <= 0.9
+
+
+def test_few_samples_of_which_each_wants_something_else(
+    models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Reading] = []
+
+    def noisy(*given: Any) -> Reading:
+        found = read(*given)
+        asked.append(found)
+        noise = np.random.default_rng(len(asked)).normal(0, 200, len(found.nats))
+        return replace(found, nats=found.nats + noise)
+
+    monkeypatch.setattr(stage, "read", noisy)
+    facts, out = run(models, tmp_path / "auto", Merge("linear", weights="alike"))
+    assert facts["scale"] == facts["scale outside of layers"] == 1.0 and len(asked) > 3
+    best = min(facts["bits by scale"], key=lambda told: told[2])
+    assert best[:2] != [1.0, 1.0]
+    _, whole = run(models, tmp_path / "whole", Merge("linear", scale=1.0, weights="alike"))
+    name = "model/model.safetensors"
+    assert (out / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_what_was_found_can_be_given(models: Any, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from fusion.merge.scales import Scales, alike, refine, search
 
 POWERS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)
 FIRST = 4.0
+SURE = 2.0  # standard errors by which scales have to be better than all of the update
 
 
 def shares(gains: Sequence[float], power: float) -> tuple[float, ...]:
@@ -66,14 +67,20 @@ def choose(
     measure: Callable[[tuple[float, ...], Scales], float],
     alone: Sequence[float],
     far: Scales | None,
+    lead: Callable[[tuple[float, ...], Scales, Scales], tuple[float, float]],
     apart: bool = True,
 ) -> tuple[tuple[float, ...], Scales, dict[Scales, float]]:
     """How much each target counts, and how far to go, by what is measured.
+
+    All of the update is what other scales have to beat: by `SURE` standard errors, so that few samples, whose noise any
+    scale may suit by chance, do not make the merged model worse than what was trained.
 
     Args:
         measure: weights, none where they are the recipe's, and scales → bits per byte; scales of 0 are the base.
         alone: each target's bits per byte; none where targets are not to be weighed.
         far: see `search_power`.
+        lead: weights and two scales that were measured → bits per byte by which the first are below the second, and
+            the standard error of that.
         apart: see `scales.search`.
 
     Returns:
@@ -82,9 +89,15 @@ def choose(
     Raises:
         ValueError: no scales give bits per byte that are finite.
     """
-    if not alone:
-        return (), *((far, {}) if far else search(partial(measure, ()), apart))
-    base = measure((), alike(0))
-    gains = [base - bits if math.isfinite(base - bits) else 0.0 for bits in alone]
-    power, scales, tried = search_power(lambda power, scales: measure(shares(gains, power), scales), far, apart)
-    return shares(gains, power), scales, tried
+    weights: tuple[float, ...] = ()
+    if alone:
+        base = measure((), alike(0))
+        gains = [base - bits if math.isfinite(base - bits) else 0.0 for bits in alone]
+        power, scales, tried = search_power(lambda power, scales: measure(shares(gains, power), scales), far, apart)
+        weights = shares(gains, power)
+    else:
+        scales, tried = (far, {}) if far else search(partial(measure, ()), apart)
+    if far is None and scales != alike(1) and math.isfinite(tried[alike(1)]):
+        ahead, error = lead(weights, scales, alike(1))
+        scales = scales if ahead > SURE * error else alike(1)
+    return weights, scales, tried

@@ -10,11 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fusion import cluster, tracking
 from fusion.artifact import Artifact, write_json
 from fusion.config import Config
 from fusion.corpus import Corpus
-from fusion.measure import bits_per_byte, made_of
+from fusion.measure import Reading, made_of, read
 from fusion.merge.contribution import choose
 from fusion.merge.engine import merge, plan
 from fusion.merge.methods import get_method
@@ -66,7 +68,7 @@ def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, 
     else:
         tries = _Tries(config, inputs, out, samples)
         alone = tries.alone(models) if weighs else []
-        weights, scales, tried = choose(tries.measure, alone, far, _layered(config, inputs))
+        weights, scales, tried = choose(tries.measure, alone, far, tries.lead, _layered(config, inputs))
         reports = tries.keep(weights, scales)
     finite = [[s.layers, s.outside, bits] for s, bits in tried.items() if math.isfinite(bits)]
     told: dict[str, Any] = {"scale": scales.layers, "scale outside of layers": scales.outside}
@@ -89,7 +91,7 @@ class _Tries:
     def __init__(self, config: Config, inputs: Mapping[str, Path], out: Artifact, samples: list[Sample]) -> None:
         self._config, self._inputs, self._out, self._samples = config, inputs, out, samples
         self._memory = out.folder / "work/tried.json"
-        self._known: dict[_Try, float] = cluster.on_main(self._remembered)
+        self._known: dict[_Try, Reading] = cluster.on_main(self._remembered)
         self._kept: tuple[_Try, list[TensorReport]] | None = None  # what is on disk
 
     def alone(self, models: Sequence[Path]) -> list[float]:
@@ -97,20 +99,24 @@ class _Tries:
         each: list[_Try] = [(tuple(float(n == at) for n in range(len(models))), alike(1)) for at in range(len(models))]
         for one, model in zip(each, models, strict=True):
             if one not in self._known:
-                self._known[one] = self._bits(model, model.parent.name)
+                self._known[one] = self._read(model, model.parent.name)
                 cluster.on_main(self._remember)
-        return [self._known[one] for one in each]
+        return [self._known[one].mean() for one in each]
 
     def measure(self, weights: tuple[float, ...], scales: Scales) -> float:
         """Bits per byte, the mean over domains, of the merge with some weights and scales."""
         one: _Try = ((), scales) if scales == alike(0) else (weights, scales)
         if one not in self._known:
             if scales == alike(0):
-                self._known[one] = self._bits(self._inputs["pivot"], "pivot")
+                self._known[one] = self._read(self._inputs["pivot"], "pivot")
             else:
                 self._try(one)
             cluster.on_main(self._remember)
-        return self._known[one]
+        return self._known[one].mean()
+
+    def lead(self, weights: tuple[float, ...], scales: Scales, others: Scales) -> tuple[float, float]:
+        """How far the merge with some scales is below that with others, both measured; see `Reading.lead`."""
+        return self._known[weights, scales].lead(self._known[weights, others])
 
     def keep(self, weights: tuple[float, ...], scales: Scales) -> list[TensorReport]:
         """Make the merge with some weights and scales the result; the report of its tensors."""
@@ -129,29 +135,32 @@ class _Tries:
 
     def _try(self, one: _Try) -> None:
         reports = _merged(self._config, self._inputs, *one, self._folder(one))
-        bits = self._bits(self._folder(one), _short(one))
-        self._known[one] = bits
+        self._known[one] = self._read(self._folder(one), _short(one))
         beaten: _Try | None = one
-        if self._kept is None or bits < self._known[self._kept[0]]:
+        if self._kept is None or self._known[one].mean() < self._known[self._kept[0]].mean():
             beaten, self._kept = self._kept and self._kept[0], (one, reports)
         if beaten is not None:
             cluster.on_main(partial(shutil.rmtree, self._folder(beaten)))
 
-    def _bits(self, folder: Path, name: str) -> float:
+    def _read(self, folder: Path, name: str) -> Reading:
         model = made_of(self._config.pivot, folder, name)
-        found = bits_per_byte(model, folder, self._samples, self._config.release.batch_tokens)
-        bits = sum(found.values()) / len(found)
-        return bits if math.isfinite(bits) else math.inf
+        return read(model, folder, self._samples, self._config.release.batch_tokens)
 
-    def _remembered(self) -> dict[_Try, float]:
+    def _remembered(self) -> dict[_Try, Reading]:
         if not self._memory.exists():
             return {}
-        held = json.loads(self._memory.read_text())
-        return {(tuple(weights), Scales(layers, outside)): bits for weights, layers, outside, bits in held}
+        domains = tuple(sample.domain for sample in self._samples)
+        sizes, held = json.loads(self._memory.read_text())
+        return {
+            (tuple(weights), Scales(layers, outside)): Reading(domains, np.array(nats), np.array(sizes))
+            for weights, layers, outside, nats in held
+        }
 
     def _remember(self) -> None:
         self._memory.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self._memory, [[w, s.layers, s.outside, bits] for (w, s), bits in self._known.items()])
+        sizes = next(iter(self._known.values())).sizes.tolist()
+        told = [[w, s.layers, s.outside, reading.nats.tolist()] for (w, s), reading in self._known.items()]
+        write_json(self._memory, [sizes, told])
 
     def _folder(self, one: _Try) -> Path:
         return self._out.folder / "tries" / _short(one)
