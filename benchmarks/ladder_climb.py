@@ -72,7 +72,8 @@ class Climber:
             if self.lab is None:
                 return None
             made = _run(self.lab, regime, rung, rate, seed, row or {})
-            row = self.record.add(key, {**made, "config": ladder_record.config(self.zoo, rung, regime, seed, rate)})
+            config = ladder_record.config(self.zoo, rung, regime, seed, rate)
+            row = self.record.add(key, {**made, "config": ladder_record.told(config)})
         return _seen(regime, rung, row)
 
     def _lacks(self, row: Row, rung: Rung) -> bool:
@@ -148,7 +149,7 @@ def _merged(lab: Lab, config: Config, targets: dict[str, Artifact], settings: Ma
             return lab.reading(config, "merged", folder, key, "choose")
 
     def lead(weights: tuple[float, ...], scales: Scales, others: Scales) -> tuple[float, float]:
-        return reading(weights, scales).lead(reading(weights, others))
+        return reading(weights, scales).lead(reading(weights, others), lab.documents["choose"])
 
     wanted, alone = settings.get("scale", 1.0), list[float]()
     if settings.get("weights") == "auto":

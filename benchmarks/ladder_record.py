@@ -25,10 +25,10 @@ HERE = Path(__file__).parent / "quality.jsonl"
 Row = dict[str, Any]
 
 
-def config(zoo: Zoo, rung: Rung, regime: Regime, seed: int, rate: float) -> Row:
-    """A run's config as the record holds it: with names in place of one machine's paths."""
+def config(zoo: Zoo, rung: Rung, regime: Regime, seed: int, rate: float) -> Config:
+    """A run's config with names in place of one machine's paths."""
     named = zoo.named()
-    return ladder.tree(
+    tree = ladder.tree(
         rung,
         regime,
         replace(named, pivot=Path("the converged pivot")) if regime.converged else named,
@@ -39,6 +39,13 @@ def config(zoo: Zoo, rung: Rung, regime: Regime, seed: int, rate: float) -> Row:
         rate=rate,
         deepspeed=DEEPSPEED.relative_to(ROOT),
     )
+    return TypeAdapter(Config).validate_json(json.dumps(tree), strict=True)
+
+
+def told(made: Config) -> Row:
+    """What the record tells of a config: all that makes targets, the defaults of the day too."""
+    whole = TypeAdapter(Config).dump_python(made, mode="json")
+    return {name: held for name, held in whole.items() if name not in ("merge", "release", "tracking")}
 
 
 class Record:
@@ -87,8 +94,7 @@ class Record:
         return digest([self._how, self._read(regime)[name]])
 
     def _targets(self, rung: Rung, regime: Regime, seed: int, rate: float) -> list[str]:
-        tree = config(self._zoo, rung, regime, seed, rate)
-        made = TypeAdapter(Config).validate_json(json.dumps(tree), strict=True)
+        made = config(self._zoo, rung, regime, seed, rate)
         made = replace(made, distill=replace(made.distill, deepspeed=str(DEEPSPEED)))
         folders = {model.name: Path(model.model) for model in (made.pivot, *made.sources)}
         share = regime.share * rung.times

@@ -10,7 +10,7 @@ from tiny import samples
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from fusion.config import Model
-from fusion.measure import Reading, bits_per_byte
+from fusion.measure import Reading, bits_per_byte, documents
 from fusion.records import Message, Sample, sample_id
 from fusion.tracking import Tracker
 
@@ -59,33 +59,51 @@ def _reading(domains: list[str], nats: list[float], sizes: list[int]) -> Reading
     return Reading(tuple(domains), np.array(nats) * np.log(2), np.array(sizes))
 
 
-def test_the_lead_of_one_reading_over_another_is_its_mean_and_its_error() -> None:
-    """Drawn again and again, the leads vary as their standard error says."""
+@pytest.mark.parametrize(("counts", "pieces"), [((2, 2), 1), ((4, 8), 6), ((60, 20), 2)])
+def test_the_lead_of_one_reading_over_another_has_a_95_percent_margin(counts: tuple[int, int], pieces: int) -> None:
+    """Of documents that are drawn again and again, so many leads are within the margin of the true one."""
     draw = np.random.default_rng(0)
-    sizes, domains = draw.integers(20, 900, 400), ["a"] * 300 + ["b"] * 100
-    leads, errors = [], []
-    for _ in range(300):
-        hard = draw.normal(3, 1, 400)  # of each sample, for both alike: no noise of the difference
-        first, second = (sizes * (hard + shift + draw.normal(0, 0.2, 400)) for shift in (-0.1, 0))
-        ahead, behind = (_reading(domains, list(nats), list(sizes)) for nats in (first, second))
-        lead, error = ahead.lead(behind)
+    number = np.repeat(np.arange(sum(counts)), pieces)
+    domains, count = np.where(number < counts[0], "a", "b").tolist(), len(number)
+    within = 0
+    for _ in range(1000):
+        sizes = draw.integers(200, 900, count)
+        hard = draw.normal(3, 1, count)  # of each piece, for both alike: no noise of the difference
+        shift = 0.1 + draw.normal(0, 0.2, sum(counts))[number] + draw.normal(0, 0.1, count)
+        ahead, behind = (_reading(domains, list(sizes * bits), list(sizes)) for bits in (hard, hard + shift))
+        lead, margin = ahead.lead(behind, number)
         assert lead == pytest.approx(behind.mean() - ahead.mean())
-        assert behind.lead(ahead) == (pytest.approx(-lead), pytest.approx(error))
-        leads.append(lead)
-        errors.append(error)
-    assert np.mean(leads) == pytest.approx(0.1, abs=0.003)
-    assert np.mean(errors) == pytest.approx(np.std(leads), rel=0.15)
+        assert behind.lead(ahead, number) == (pytest.approx(-lead), pytest.approx(margin))
+        assert margin < 0.2 or count < 100  # many times less than what is common to both
+        within += abs(lead - 0.1) < margin
+    assert 0.93 < within / 1000 < 0.985
 
 
-def test_a_domain_of_one_sample_tells_nothing_of_its_noise() -> None:
-    ahead = _reading(["a", "a", "b", "c"], [10, 20, 30, 5], [10, 20, 10, 0])
-    behind = _reading(["a", "a", "b", "c"], [20, 40, 34, 5], [10, 20, 10, 0])
+def test_a_domain_of_one_document_tells_nothing_of_its_noise() -> None:
+    ahead = _reading(["a", "a", "b", "b", "c"], [10, 20, 15, 15, 5], [10, 20, 5, 5, 0])
+    behind = _reading(["a", "a", "b", "b", "c"], [20, 40, 17, 17, 5], [10, 20, 5, 5, 0])
     assert ahead.bits() == pytest.approx({"a": 1.0, "b": 3.0}) and ahead.mean() == pytest.approx(2.0)
-    assert ahead.lead(behind) == pytest.approx((0.7, 0.2))  # 1.0 in a, to the byte; 0.4 in b, all of it perhaps noise
+    assert ahead.lead(behind, np.array([0, 1, 2, 2, 3])) == (pytest.approx(0.7), float("inf"))
+    assert ahead.lead(behind, np.arange(5)) == (pytest.approx(0.7), 0.0)
+
+
+def test_a_large_document_beside_small_ones_is_still_one() -> None:
+    sizes = [1000, 1, 1]
+    ahead, behind = (_reading(["a"] * 3, nats, sizes) for nats in ([1900.0, 2, 2], [2000.0, 2, 2]))
+    lead, margin = ahead.lead(behind, np.arange(3))
+    assert lead == pytest.approx(0.1, abs=1e-3) and margin > lead
+
+
+def test_pieces_of_one_document() -> None:
+    ends = [True, False, False, True, True, False]
+    those = [Sample(str(n), "d", "text", complete=end) for n, end in enumerate(ends)]
+    assert documents(those).tolist() == [0, 1, 1, 1, 2, 3] and documents([]).tolist() == []
 
 
 def test_a_reading_that_is_no_number_is_infinitely_bad() -> None:
     assert _reading(["a"], [float("nan")], [3]).mean() == float("inf")
+    with pytest.raises(ValueError, match="^no sample has bytes to measure on$"):
+        _reading(["a"], [1.0], [0]).mean()
 
 
 def test_domains_are_apart(folder: Path) -> None:

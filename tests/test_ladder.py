@@ -286,7 +286,8 @@ def test_processes_add_to_one_record(ladder: Any, climbing: Any, tmp_path: Path)
 @pytest.mark.skipif(not (ROOT.parent / "shared/zoo").is_dir(), reason="the shared zoo is not here")
 def test_every_line_that_is_recorded_is_found(ladder: Any, climbing: Any, tmp_path: Path) -> None:
     record = importlib.import_module("ladder_record")
-    known = record.Record(record.HERE, ladder.Zoo.of(ROOT.parent / "shared/zoo"), tmp_path / "memory.json")
+    zoo = ladder.Zoo.of(ROOT.parent / "shared/zoo")
+    known = record.Record(record.HERE, zoo, tmp_path / "memory.json")
     regimes = [*ladder.REGIMES.values(), ladder.TRIAL, ladder.LEAST]
     found = {known.of_model(regime, name) for regime in regimes for name in ("pivot", *ladder.DOMAINS)}
     rungs = {**ladder.RUNGS, **ladder.TRIALS}
@@ -294,10 +295,10 @@ def test_every_line_that_is_recorded_is_found(ladder: Any, climbing: Any, tmp_pa
         held = json.loads(line)
         if "config" in held["row"]:
             regime = next(r for r in regimes if held["row"]["config"]["name"].startswith(f"{r.name}-"))
-            once = held["row"]["config"]["name"].removeprefix(f"{regime.name}-")  # its name, then
-            those = [*([rungs[once]] if once in rungs else []), *rungs.values()]
-            keys = (known.of_run(rung, regime, held["row"]["seed"], held["row"]["rate"]) for rung in those)
-            assert held["key"] in keys, once
+            rung = rungs[held["row"]["config"]["name"].removeprefix(f"{regime.name}-")]
+            of = rung, regime, held["row"]["seed"], held["row"]["rate"]
+            assert held["key"] == known.of_run(*of), rung.name
+            assert held["row"]["config"] == record.told(record.config(zoo, *of)), rung.name
         else:
             assert held["key"] in found
 
@@ -391,6 +392,7 @@ def test_a_merge_is_made_where_a_figure_is_asked_for_and_gone_afterwards(
     lab.zoo = _zoo(importlib.import_module("ladder"), tmp_path)
     (tmp_path / "readings").mkdir()
     lab._pieces = {"choose": samples(2, seed=1), "report": samples(2, seed=2)}
+    lab.documents = {"choose": np.arange(2)}
     config = load(tmp_path, tree(tmp_path, tmp_path / "pivot", {"a": tmp_path}))
     target = artifact(tmp_path, "distill")
     noise = 0.0  # by which scales suit one sample and not the other

@@ -1,21 +1,20 @@
 """How much each target counts in an average: by what it gains over the base alone, as measured."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from fusion.merge.scales import Scales, alike, refine, search
 
-POWERS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)
+POWERS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, math.inf)
 FIRST = 4.0
-SURE = 2.0  # standard errors by which scales have to be better than all of the update
 
 
 def shares(gains: Sequence[float], power: float) -> tuple[float, ...]:
     """Weights in proportion to the gains raised to a power, which sum to 1.
 
-    With power 0 all count alike, with a high one the best alone. What gains nothing counts for nothing, unless nothing
-    does: then all count alike.
+    With power 0 all count alike, with an infinite one the best alone. What gains nothing counts for nothing, unless
+    nothing does: then all count alike.
     """
     most = max(gains)
     if power == 0 or most <= 0:
@@ -72,15 +71,15 @@ def choose(
 ) -> tuple[tuple[float, ...], Scales, dict[Scales, float]]:
     """How much each target counts, and how far to go, by what is measured.
 
-    All of the update is what other scales have to beat: by `SURE` standard errors, so that few samples, whose noise any
-    scale may suit by chance, do not make the merged model worse than what was trained.
+    Other scales than all of the update have to be better by more than the noise of the samples: some scale suits a few
+    of them by chance, and would make the merged model worse than what was trained.
 
     Args:
         measure: weights, none where they are the recipe's, and scales → bits per byte; scales of 0 are the base.
         alone: each target's bits per byte; none where targets are not to be weighed.
         far: see `search_power`.
         lead: weights and two scales that were measured → bits per byte by which the first are below the second, and
-            the standard error of that.
+            how much of that may be noise.
         apart: see `scales.search`.
 
     Returns:
@@ -89,15 +88,30 @@ def choose(
     Raises:
         ValueError: no scales give bits per byte that are finite.
     """
-    weights: tuple[float, ...] = ()
-    if alone:
-        base = measure((), alike(0))
-        gains = [base - bits if math.isfinite(base - bits) else 0.0 for bits in alone]
-        power, scales, tried = search_power(lambda power, scales: measure(shares(gains, power), scales), far, apart)
-        weights = shares(gains, power)
-    else:
+    if not alone:
         scales, tried = (far, {}) if far else search(partial(measure, ()), apart)
-    if far is None and scales != alike(1) and math.isfinite(tried[alike(1)]):
-        ahead, error = lead(weights, scales, alike(1))
-        scales = scales if ahead > SURE * error else alike(1)
-    return weights, scales, tried
+        return (), scales if far else surely(tried, partial(lead, ())), tried
+    base = measure((), alike(0))
+    gains = [base - bits if math.isfinite(base - bits) else 0.0 for bits in alone]
+
+    def attempt(power: float, scales: Scales) -> float:
+        return measure(shares(gains, power), scales)
+
+    power, scales, tried = search_power(attempt, far, apart)
+    if far is None:
+        scales = surely(tried, partial(lead, shares(gains, power)))
+        if scales == alike(1):  # the power was chosen for other scales
+            again, _, whole = search_power(attempt, scales, apart)
+            power, tried = again, tried if again == power else whole
+    return shares(gains, power), scales, tried
+
+
+def surely(tried: Mapping[Scales, float], lead: Callable[[Scales, Scales], tuple[float, float]]) -> Scales:
+    """The best of the scales that are ahead of all of the update by more than noise; else all of the update."""
+    whole = alike(1)
+    others = {s: bits for s, bits in tried.items() if s not in (whole, alike(0)) and math.isfinite(bits)}
+    if math.isfinite(tried[whole]):
+        ahead = {scales: lead(scales, whole) for scales in others}
+        others = {scales: bits for scales, bits in others.items() if ahead[scales][0] > ahead[scales][1]}
+        others[whole] = tried[whole]
+    return min(others, key=others.__getitem__)

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from fusion import cluster, tracking
-from fusion.artifact import Artifact, write_json
+from fusion.artifact import Artifact, digest, write_json
 from fusion.config import Config
 from fusion.corpus import Corpus
-from fusion.measure import Reading, made_of, read
+from fusion.measure import Reading, documents, made_of, read
 from fusion.merge.contribution import choose
 from fusion.merge.engine import merge, plan
 from fusion.merge.methods import get_method
@@ -62,6 +62,7 @@ def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, 
     samples = list(Corpus(inputs["prepare"], "validation")) if weighs or far is None else []
     weights: tuple[float, ...] = ()
     tried: dict[Scales, float] = {}
+    why = ""
     if not samples:
         scales = far or alike(1)
         reports = _merged(config, inputs, weights, scales, out.folder / "model")
@@ -69,10 +70,14 @@ def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, 
         tries = _Tries(config, inputs, out, samples)
         alone = tries.alone(models) if weighs else []
         weights, scales, tried = choose(tries.measure, alone, far, tries.lead, _layered(config, inputs))
+        why = "" if far else tries.why(weights, scales, tried)
+        if why:
+            tracking.say(f"merge.scale: {why}: {scales} is taken")
         reports = tries.keep(weights, scales)
     finite = [[s.layers, s.outside, bits] for s, bits in tried.items() if math.isfinite(bits)]
     told: dict[str, Any] = {"scale": scales.layers, "scale outside of layers": scales.outside}
     told |= {"weights": list(weights)} if weights else {}
+    told |= {"why not another scale": why} if why else {}
     return {**_facts(config, inputs, reports), **told, **({"bits by scale": finite} if finite else {})}
 
 
@@ -101,7 +106,7 @@ class _Tries:
             if one not in self._known:
                 self._known[one] = self._read(model, model.parent.name)
                 cluster.on_main(self._remember)
-        return [self._known[one].mean() for one in each]
+        return [self._bits(one) for one in each]
 
     def measure(self, weights: tuple[float, ...], scales: Scales) -> float:
         """Bits per byte, the mean over domains, of the merge with some weights and scales."""
@@ -112,11 +117,21 @@ class _Tries:
             else:
                 self._try(one)
             cluster.on_main(self._remember)
-        return self._known[one].mean()
+        return self._bits(one)
 
     def lead(self, weights: tuple[float, ...], scales: Scales, others: Scales) -> tuple[float, float]:
         """How far the merge with some scales is below that with others, both measured; see `Reading.lead`."""
-        return self._known[weights, scales].lead(self._known[weights, others])
+        first, second = self._known[weights, scales], self._known[weights, others]
+        return cluster.on_main(lambda: first.lead(second, documents(self._samples)))
+
+    def why(self, weights: tuple[float, ...], scales: Scales, tried: Mapping[Scales, float]) -> str:
+        """Why other scales that measured better were not taken; empty where none did."""
+        best = min((s for s in tried if s != alike(0)), key=tried.__getitem__)
+        if best == scales:
+            return ""
+        ahead, noise = self.lead(weights, best, scales)
+        margin = f"a margin of {noise:.4f} for" if math.isfinite(noise) else "one document in a domain, which tells no"
+        return f"{best} measures {ahead:.4f} bits per byte better than {scales}, with {margin} noise"
 
     def keep(self, weights: tuple[float, ...], scales: Scales) -> list[TensorReport]:
         """Make the merge with some weights and scales the result; the report of its tensors."""
@@ -137,7 +152,7 @@ class _Tries:
         reports = _merged(self._config, self._inputs, *one, self._folder(one))
         self._known[one] = self._read(self._folder(one), _short(one))
         beaten: _Try | None = one
-        if self._kept is None or self._known[one].mean() < self._known[self._kept[0]].mean():
+        if self._kept is None or self._bits(one) < self._bits(self._kept[0]):
             beaten, self._kept = self._kept and self._kept[0], (one, reports)
         if beaten is not None:
             cluster.on_main(partial(shutil.rmtree, self._folder(beaten)))
@@ -146,15 +161,23 @@ class _Tries:
         model = made_of(self._config.pivot, folder, name)
         return read(model, folder, self._samples, self._config.release.batch_tokens)
 
+    def _bits(self, one: _Try) -> float:
+        """The first rank's figure, so that all decide alike."""
+        return cluster.on_main(self._known[one].mean)
+
     def _remembered(self) -> dict[_Try, Reading]:
-        if not self._memory.exists():
-            return {}
+        """What an earlier run wrote down; nothing where that cannot be read, or is of other samples."""
         domains = tuple(sample.domain for sample in self._samples)
-        sizes, held = json.loads(self._memory.read_text())
-        return {
-            (tuple(weights), Scales(layers, outside)): Reading(domains, np.array(nats), np.array(sizes))
-            for weights, layers, outside, nats in held
-        }
+        try:
+            sizes, held = json.loads(self._memory.read_text())
+            found = {
+                (tuple(weights), Scales(layers, outside)): Reading(domains, np.array(nats), np.array(sizes))
+                for weights, layers, outside, nats in held
+            }
+        except (OSError, ValueError, TypeError):
+            return {}
+        alike_long = all(reading.nats.shape == reading.sizes.shape == (len(domains),) for reading in found.values())
+        return found if alike_long else {}
 
     def _remember(self) -> None:
         self._memory.parent.mkdir(parents=True, exist_ok=True)
@@ -177,8 +200,9 @@ def _layered(config: Config, inputs: Mapping[str, Path]) -> bool:
 
 
 def _short(one: _Try) -> str:
+    """What a try's folder is called."""
     weights, scales = one
-    return "-".join(f"{number:g}" for number in (scales.layers, scales.outside, *weights))
+    return "-".join([f"{scales.layers:g}", f"{scales.outside:g}", *([digest(weights)] if weights else [])])
 
 
 def _clear(out: Artifact) -> None:

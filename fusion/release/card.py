@@ -108,7 +108,7 @@ def _map(align: Align) -> str:
     return ", else ".join(align.maps) + (", along the text" if align.follow else "")
 
 
-_PIVOT = {"teach": "teaches where it is best", "gate": "silences where it is best", "absent": "takes no part"}
+_PIVOT = {"teach": "teaches like a source", "gate": "silences where it is best", "absent": "takes no part"}
 
 
 def _settings(summary: Summary, config: Config) -> str:
