@@ -187,7 +187,13 @@ def _trial(name: str, about: str, **changes: dict[str, Any]) -> Rung:
     return Rung(name, about, "joint", _best(**changes), DRAWN_BACK)
 
 
-# one change at a time to `gate-best`, to choose the defaults by; docs/log.md tells what each came to
+CACHES: dict[str, tuple[str, dict[str, Any]]] = {  # what else may be kept of each source
+    "draws-12": ("12 draws", {"draws": 12}),
+    "draws-200": ("200 draws", {"draws": 200}),
+    "top-32": ("the 32 most probable entries", {"sampler": "top_k", "k": 32}),
+    "top-128": ("the 128 most probable entries", {"sampler": "top_k", "k": 128}),
+}
+# one change at a time to `gate-best`, of caches to `joint`, to choose the defaults by; docs/log.md tells of each
 TRIALS = {
     r.name: r
     for r in (
@@ -244,10 +250,7 @@ TRIALS = {
         _trial("renormalise", "missing mass renormalised", distill={"missing_mass": "renormalise"}),
         _trial("teacher-0.8", "teacher's temperature 0.8", distill={"teacher_temperature": 0.8}),
         _trial("teacher-1.25", "teacher's temperature 1.25", distill={"teacher_temperature": 1.25}),
-        _trial("top-32", "cache: top 32", capture={"sampler": "top_k", "k": 32}),
-        _trial("top-128", "cache: top 128", capture={"sampler": "top_k", "k": 128}),
-        _trial("draws-12", "cache: 12 draws", capture={"draws": 12}),
-        _trial("draws-200", "cache: 200 draws", capture={"draws": 200}),
+        *(Rung(name, about, "joint", _ours(capture=kept), DRAWN_BACK) for name, (about, kept) in CACHES.items()),
         _trial("smoothing", "label smoothing 0.1", distill={"label_smoothing": 0.1}),
         _trial("gate-alike", "gate: all alike", distill={"gate": "all"}),
         _trial("map-hard", "map: a source token's likeliest target token", align={"maps": ["hard", "prefix"]}),

@@ -3,13 +3,27 @@
 from collections.abc import Sequence
 from itertools import pairwise
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import common
-from ladder import DOMAINS, RUNGS, TRIALS, Regime
+from ladder import CACHES, DOMAINS, RUNGS, TRIALS, Regime
 
 _UNTRIED = "* the next lower or higher learning rate was not tried"
+KEPT = "50 draws"  # by default
 LEAST_GAIN = 0.005  # of label-only training, in bits per byte; multiples of less say nothing
+
+
+class Table(NamedTuple):
+    """A table as it is printed, or written as Markdown."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        """Its title in bold, and its lines."""
+        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
+        return f"**{self.title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def summed(regime: Regime, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -74,7 +88,8 @@ def names(columns: Sequence[Sequence[dict[str, Any]]]) -> dict[str, str]:
 
 def overview(regimes: Sequence[Regime], rows: Sequence[dict[str, Any]]) -> str:
     """All regimes in one Markdown table, a line a rung: bits per byte, spread and number of seeds, gain over the pivot,
-    and that as a multiple of label-only training's. The best of a regime, by the half that chooses, is in bold.
+    and that as a multiple of label-only training's. The best of a regime, by the half that chooses, is in bold. Then
+    the tables of `besides`.
     """
     columns = [in_short(regime, rows) for regime in regimes]
     about = names(columns)
@@ -90,7 +105,7 @@ def overview(regimes: Sequence[Regime], rows: Sequence[dict[str, Any]]) -> str:
     if any(_UNTRIED in found for found in notes.values()):
         told += ["", f"\\{_UNTRIED}"]
     told += ["", *(f"- {name}: {note}" for name, found in notes.items() for note in found if note != _UNTRIED)]
-    return "\n".join(told).rstrip() + "\n"
+    return "\n\n".join(["\n".join(told).rstrip(), *(table.markdown() for table in besides(regimes, rows))]) + "\n"
 
 
 def _notes(regime: Regime, rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -176,8 +191,14 @@ def table(regime: Regime, rows: Sequence[dict[str, Any]]) -> None:
         print(note)
 
 
-def helped(regime: Regime, rows: Sequence[dict[str, Any]]) -> None:
-    """Print which source helped in which domain: what a joint target without it lacks of the gain."""
+def besides(regimes: Sequence[Regime], rows: Sequence[dict[str, Any]]) -> list[Table]:
+    """What a user decides by: which source helps where, what more text gives, what each byte of cache buys."""
+    found = [made(regime, rows) for regime in regimes for made in (_helped, _stored)]
+    return [table for table in (*found, *_curves(regimes, rows)) if table is not None]
+
+
+def _helped(regime: Regime, rows: Sequence[dict[str, Any]]) -> Table | None:
+    """Which source helped in which domain: what a joint target without it lacks of the gain."""
     lines = {line["label"]: line for line in summed(regime, rows)}
     lacking = {
         label.removeprefix("joint-no-"): line
@@ -185,16 +206,30 @@ def helped(regime: Regime, rows: Sequence[dict[str, Any]]) -> None:
         if label == line["rung"] and label.startswith("joint-no-")
     }
     if not lacking or "joint" not in lines:
-        return
+        return None
     found = [
         [source, *(f"{line['bits'][d][0] - lines['joint']['bits'][d][0]:+.4f}" for d in (*DOMAINS, "mean"))]
         for source, line in lacking.items()
     ]
-    common.show(f"{regime.name}: bits per byte that are lost without a source", ["source", *DOMAINS, "mean"], found)
+    return Table(f"{regime.name}: bits per byte that are lost without a source", ["source", *DOMAINS, "mean"], found)
 
 
-def curve(regimes: Sequence[Regime], rows: Sequence[dict[str, Any]]) -> None:
-    """Print what more text gives: the gains in regimes that differ in their text alone."""
+def _stored(regime: Regime, rows: Sequence[dict[str, Any]]) -> Table | None:
+    """What each byte of cache buys: the joint target's gain by what is kept of each source."""
+    lines = {line["label"]: line for line in summed(regime, rows)}
+    kept = [line for label, line in lines.items() if label in CACHES]
+    if not kept or "joint" not in lines:
+        return None
+    found = []
+    for line in sorted([lines["joint"], *kept], key=lambda line: float(line["cache_bytes"])):
+        about = KEPT if line["label"] == "joint" else line["about"]
+        found.append([about, f"{line['cache_bytes'] / 1e6:,.1f}", f"{line['gain']:+.4f}"])
+    return Table(f"{regime.name}: what each byte of cache buys", ["kept of each source", "MB", "joint's gain"], found)
+
+
+def _curves(regimes: Sequence[Regime], rows: Sequence[dict[str, Any]]) -> list[Table]:
+    """What more text gives: the gains in regimes that differ in their text alone."""
+    tables = []
     for passes in sorted({regime.passes for regime in regimes if not regime.converged}):
         alike = sorted((r for r in regimes if r.passes == passes and not r.converged), key=lambda r: r.share)
         lines = {regime.name: {line["label"]: line for line in summed(regime, rows)} for regime in alike}
@@ -208,7 +243,8 @@ def curve(regimes: Sequence[Regime], rows: Sequence[dict[str, Any]]) -> None:
             told = [f"{line['gain']:+.4f}" if line else "–" for line in (labels, back, joint)]
             found.append([regime.about, f"{joint['positions']:,.0f}", *told])
         columns = ["text", "tokens read", "label-only's gain", "and drawn back", "joint's gain"]
-        common.show("what more text gives", columns, found)
+        tables.append(Table("what more text gives", columns, found))
+    return tables
 
 
 def _bits(line: dict[str, Any]) -> float:

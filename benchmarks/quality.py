@@ -145,10 +145,10 @@ def _show(
         shown.append(regime)
         rows += [*untrained, *climbed]
         ladder_show.table(regime, rows)
-        ladder_show.helped(regime, rows)
     if not shown:
         raise ValueError(f"--record {given.record}: has nothing of {', '.join(r.name for r in regimes)}")
-    ladder_show.curve(shown, rows)
+    for table in ladder_show.besides(shown, rows):
+        common.show(*table)
     if given.markdown:
         given.markdown.write_text(ladder_show.overview(shown, rows))
         print(f"table in {given.markdown}")

@@ -359,28 +359,39 @@ def _row(regime: str, rung: str, mean: float, rate: float | None = 1e-3, **domai
     return {**told, "choose": bits, "report": bits}
 
 
-def test_which_source_helped_where_and_what_more_text_gives(ladder: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_which_source_helped_where_what_more_text_gives_and_what_bytes_buy(ladder: Any) -> None:
     show = importlib.import_module("ladder_show")
     rows = [_row("trial", "pivot", 2.4), _row("trial", "labels", 2.375), _row("trial", "joint", 2.25)]
+    rows[-1] |= {"cache_bytes": 2.5e6}
     rows.append(_row("trial", "joint-no-math", 2.2625, math=2.375))
     rows[-1] |= {"models": {"joint": rows[-1], "as far as chosen": rows[-1]}, "targets": ["joint"]}
-    show.helped(ladder.TRIAL, rows)
-    said = capsys.readouterr().out
-    assert [line.split() for line in said.splitlines() if "+0." in line] == [
-        ["│", "math", "│", "+0.1250", "│", "+0.0125", "│", "+0.0125", "│", "+0.0125", "│"]
-    ]
+    (helped,) = show.besides([ladder.TRIAL], rows)
+    assert helped.rows == [["math", "+0.1250", "+0.0125", "+0.0125", "+0.0125"]]
     more = [_row("small-12", "pivot", 2.4), _row("small-12", "labels", 2.25), _row("small-12", "labels-back", 2.24)]
     more.append(_row("one-pass", "pivot", 2.4))
     regimes = [ladder.REGIMES["small-12"], ladder.REGIMES["one-pass"], ladder.TRIAL]
-    show.curve(regimes, [*rows, *more])  # one alone that has both
-    show.helped(ladder.REGIMES["small-12"], more)
-    assert capsys.readouterr().out == ""
-    show.curve(regimes, [*rows, *more, _row("small-12", "joint", 2.0)])
-    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
-    assert [line for line in lines if line and line[0].endswith("passes")] == [
+    assert show.besides(regimes, [*rows, *more]) == [helped]  # one regime alone that has labels and joint
+    more.append(_row("small-12", "joint", 2.0))
+    assert show.besides(regimes, [*rows, *more])[-1].rows == [
         ["5 % of the corpus, 12 passes", "2,250", "+0.0250", "–", "+0.1500"],
         ["15 % of the corpus, 12 passes", "2,000", "+0.1500", "+0.1600", "+0.4000"],
     ]
+    rows += [
+        {**_row("trial", "draws-200", 2.2), "cache_bytes": 9e6},
+        {**_row("trial", "top-32", 2.3), "cache_bytes": 4e5},
+    ]
+    stored = show.besides([ladder.TRIAL], rows)[-1]
+    assert stored.rows == [
+        ["top-32", "0.4", "+0.1000"],
+        ["50 draws", "2.5", "+0.1500"],
+        ["draws-200", "9.0", "+0.2000"],
+    ]
+    assert stored.markdown().splitlines()[2:5] == [
+        "| kept of each source | MB | joint's gain |",
+        "| --- | --- | --- |",
+        "| top-32 | 0.4 | +0.1000 |",
+    ]
+    assert stored.markdown() in show.overview([ladder.TRIAL], rows)
 
 
 def test_a_merge_is_made_where_a_figure_is_asked_for_and_gone_afterwards(
