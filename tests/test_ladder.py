@@ -406,7 +406,7 @@ def test_a_merge_is_made_where_a_figure_is_asked_for_and_gone_afterwards(
     lab.documents = {"choose": np.arange(2)}
     config = load(tmp_path, tree(tmp_path, tmp_path / "pivot", {"a": tmp_path}))
     target = artifact(tmp_path, "distill")
-    noise = 0.0  # by which scales suit one sample and not the other
+    noise, best = 0.0, (0.75, 0.5)  # by how much scales suit one sample and not the other; what suits both
     merged: list[tuple[float, float]] = []
 
     def merge(recipe: Any, folder: Path) -> None:
@@ -416,8 +416,8 @@ def test_a_merge_is_made_where_a_figure_is_asked_for_and_gone_afterwards(
     def read(model: Any, folder: Path, pieces: Any, batch_tokens: int) -> Reading:
         layers, outside = (0, 0) if folder.name == "pivot" else merged[-1]
         assert folder.name == "pivot" or folder.is_dir()
-        nats = math.log(2) * (2 + (layers - 0.75) ** 2 + (outside - 0.5) ** 2 + noise * np.array([layers, -layers]))
-        return Reading(("plain", "plain"), nats, np.ones(2, np.int64))
+        nats = 2 + (layers - best[0]) ** 2 + (outside - best[1]) ** 2 + noise * np.array([layers, -layers])
+        return Reading(("plain", "plain"), math.log(2) * nats, np.ones(2, np.int64))
 
     monkeypatch.setattr(shop, "merge", merge)
     monkeypatch.setattr(shop, "plan", lambda recipe: recipe)
@@ -428,7 +428,7 @@ def test_a_merge_is_made_where_a_figure_is_asked_for_and_gone_afterwards(
     assert merged[-2:] == [(0.75, 0.5)] * 2 and len(merged) == 10  # once more for the half that reports
     again = climbing._merged(lab, config, {"joint": target}, {"method": "linear", "scale": "auto"})
     assert again == told and len(merged) == 10 and not list((tmp_path / "merged").glob("*"))
-    noise = 10.0
+    noise, best = 10.0, (1.25, 1.2)
     shutil.rmtree(tmp_path / "readings")
     (tmp_path / "readings").mkdir()
     told = climbing._merged(lab, config, {"joint": target}, {"method": "linear", "scale": "auto"})

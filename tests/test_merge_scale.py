@@ -288,13 +288,23 @@ def test_the_power_that_measures_best(best: float) -> None:
     assert search_power(measure, alike(0.7))[:2] == (best, alike(0.7))
 
 
-@pytest.mark.parametrize(("noise", "chosen"), [(0.08, Scales(0.9, 0.6)), (0.1, alike(1))])
-def test_all_of_the_update_where_nothing_is_surely_better(noise: float, chosen: Scales) -> None:
+@pytest.mark.parametrize(
+    ("layers", "outside", "noise", "chosen"),
+    [
+        (0.9, 0.6, 9.0, Scales(0.9, 0.6)),  # less is taken as measured
+        (1.4, 1.2, 0.15, Scales(1.4, 1.2)),  # 0.18 better than all of it
+        (1.4, 1.2, 0.2, alike(1)),
+        (1.4, 0.6, 0.3, alike(1)),  # nothing that goes no further was tried and is better
+    ],
+)
+def test_what_goes_further_than_all_of_the_update_has_to_be_surely_better(
+    layers: float, outside: float, noise: float, chosen: Scales
+) -> None:
     def measure(weights: tuple[float, ...], scales: Scales) -> float:
-        return 2 + (scales.layers - 0.9) ** 2 + 0.5 * (scales.outside - 0.6) ** 2
+        return 2 + (scales.layers - layers) ** 2 + 0.5 * (scales.outside - outside) ** 2
 
     def lead(weights: tuple[float, ...], scales: Scales, others: Scales) -> tuple[float, float]:
-        return measure(weights, others) - measure(weights, scales), noise  # 0.09 between the best and all of it
+        return measure(weights, others) - measure(weights, scales), noise
 
     for alone in ([], [1.9, 1.8]):
         assert choose(measure, alone, None, lead)[1] == chosen
@@ -302,9 +312,9 @@ def test_all_of_the_update_where_nothing_is_surely_better(noise: float, chosen: 
 
 
 def test_of_what_is_surely_better_the_best() -> None:
-    tried = {alike(0.0): 2.0, alike(0.5): 1.6, alike(0.7): 1.5, alike(0.9): 1.7, alike(1.0): 1.9}
-    noise = {alike(0.5): 0.2, alike(0.7): 0.5, alike(0.9): 0.1}
-    assert surely(tried, lambda scales, whole: (tried[whole] - tried[scales], noise[scales])) == alike(0.5)
+    tried = {alike(0.0): 2.0, alike(0.5): 1.8, alike(1.0): 1.6, alike(1.2): 1.5, alike(1.5): 1.3, alike(1.7): 1.4}
+    noise = {alike(1.2): 0.0, alike(1.5): 0.4, alike(1.7): 0.1}
+    assert surely(tried, lambda scales, whole: (tried[whole] - tried[scales], noise[scales])) == alike(1.7)
 
 
 def test_weights_for_all_of_the_update_are_searched_with_all_of_it() -> None:
@@ -335,20 +345,24 @@ def test_few_samples_of_which_each_wants_something_else(
     said: list[str] = []
     monkeypatch.setattr(stage.tracking, "say", said.append)
 
-    def noisy(*given: Any) -> Reading:
-        found = read(*given)
+    def noisy(model: Model, folder: Path, *rest: Any) -> Reading:
+        """Half of the samples want to go far along, the others by a little less not at all."""
+        found, parts = read(model, folder, *rest), folder.name.split("-")
         asked.append(found)
-        noise = np.random.default_rng(len(asked)).normal(0, 200, len(found.nats))
-        return replace(found, nats=found.nats + noise)
+        far = sum(map(float, parts)) / 2 if folder.parent.name == "tries" else 0.0
+        wants = np.where(np.arange(len(found.nats)) % 2, 9.0, -8.0)
+        return replace(found, nats=found.sizes * (20 - far * wants * (1 - 0.2 * far)))
 
     monkeypatch.setattr(stage, "read", noisy)
     facts, out = run(models, tmp_path / "auto", Merge("linear", weights="alike"))
-    assert facts["scale"] == facts["scale outside of layers"] == 1.0 and len(asked) > 3
+    assert max(facts["scale"], facts["scale outside of layers"]) == 1.0 and len(asked) > 4
     best = min(facts["bits by scale"], key=lambda told: told[2])
-    assert best[:2] != [1.0, 1.0]
+    assert max(best[:2]) > 1
     assert facts["why not another scale"].startswith(f"{Scales(*best[:2])} measures ")
-    assert said == [f"merge.scale: {facts['why not another scale']}: 1 is taken"]
-    _, whole = run(models, tmp_path / "whole", Merge("linear", scale=1.0, weights="alike"))
+    chosen = Scales(facts["scale"], facts["scale outside of layers"])
+    assert said == [f"merge.scale: {facts['why not another scale']}: {chosen} is taken"]
+    given = Merge("linear", scale=[chosen.layers, chosen.outside], weights="alike")
+    _, whole = run(models, tmp_path / "whole", given)
     name = "model/model.safetensors"
     assert (out / name).read_bytes() == (whole / name).read_bytes()
 

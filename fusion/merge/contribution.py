@@ -71,8 +71,10 @@ def choose(
 ) -> tuple[tuple[float, ...], Scales, dict[Scales, float]]:
     """How much each target counts, and how far to go, by what is measured.
 
-    Other scales than all of the update have to be better by more than the noise of the samples: some scale suits a few
-    of them by chance, and would make the merged model worse than what was trained.
+    Of scales that are measured, those that go further than all of the update have to be better than it by more than the
+    noise of the samples: some scale suits a few of them by chance, and the merged model would be worse than what was
+    trained. Less of the update is taken as measured: it holds the model near the base, and asking for certainty there
+    costs more than it saves (docs/log.md).
 
     Args:
         measure: weights, none where they are the recipe's, and scales → bits per byte; scales of 0 are the base.
@@ -97,21 +99,19 @@ def choose(
     def attempt(power: float, scales: Scales) -> float:
         return measure(shares(gains, power), scales)
 
-    power, scales, tried = search_power(attempt, far, apart)
-    if far is None:
-        scales = surely(tried, partial(lead, shares(gains, power)))
-        if scales == alike(1):  # the power was chosen for other scales
-            again, _, whole = search_power(attempt, scales, apart)
-            power, tried = again, tried if again == power else whole
+    power, best, tried = search_power(attempt, far, apart)
+    scales = far or surely(tried, partial(lead, shares(gains, power)))
+    if scales != best:  # for which the power was chosen
+        again, _, those = search_power(attempt, scales, apart)
+        power, tried = again, tried if again == power else those
     return shares(gains, power), scales, tried
 
 
 def surely(tried: Mapping[Scales, float], lead: Callable[[Scales, Scales], tuple[float, float]]) -> Scales:
-    """The best of the scales that are ahead of all of the update by more than noise; else all of the update."""
+    """The scales that measure best; none further than all of the update that is not ahead of it by more than noise."""
     whole = alike(1)
-    others = {s: bits for s, bits in tried.items() if s not in (whole, alike(0)) and math.isfinite(bits)}
-    if math.isfinite(tried[whole]):
-        ahead = {scales: lead(scales, whole) for scales in others}
-        others = {scales: bits for scales, bits in others.items() if ahead[scales][0] > ahead[scales][1]}
-        others[whole] = tried[whole]
-    return min(others, key=others.__getitem__)
+    may = {scales: bits for scales, bits in tried.items() if scales != alike(0) and math.isfinite(bits)}
+    if whole in may:
+        ahead = {scales: lead(scales, whole) for scales in may if max(scales.layers, scales.outside) > 1}
+        may = {s: bits for s, bits in may.items() if s not in ahead or ahead[s][0] > ahead[s][1]}
+    return min(may, key=may.__getitem__)
