@@ -31,7 +31,8 @@ def picture(path: Path, regimes: Sequence[Regime], rows: Sequence[dict[str, Any]
         for line in lines:  # points, and no bars: these would have to begin at 0
             (value, spread), y = line["bits"]["mean"], at[line["label"]]
             axis.errorbar(value, y, xerr=spread, fmt="o", markersize=5, capsize=3, color=_colour(line["label"]))
-            beside = {"textcoords": "offset points", "va": "center", "fontsize": 7}
+            white = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # over the pivot's stroke
+            beside = {"textcoords": "offset points", "va": "center", "fontsize": 7, "bbox": white}
             axis.annotate(f"{value:.4f}", (value + spread, y), (6, 0), **beside)
         values = [line["bits"]["mean"][0] for line in lines]
         axis.axvline(values[0], color="#bbbbbb", linewidth=0.8, zorder=0)

@@ -9,6 +9,7 @@ import common
 from ladder import CACHES, DOMAINS, RUNGS, TRIALS, Regime
 
 _UNTRIED = "* the next lower or higher learning rate was not tried"
+_WITHOUT = "joint-no-"  # and a source
 KEPT = "50 draws"  # by default
 LEAST_GAIN = 0.005  # of label-only training, in bits per byte; multiples of less say nothing
 
@@ -64,8 +65,13 @@ def summed(regime: Regime, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any
 
 
 def in_short(regime: Regime, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of a regime's lines the pivot, what each rung comes to, and the best target of those that train several."""
+    """Of a regime's lines the pivot, what each rung comes to, and the best target of those that train several.
+
+    Not what `besides` tells against `joint`: fewer sources and other caches.
+    """
     lines = [line for line in summed(regime, rows) if line["rung"] not in DOMAINS]
+    if any(line["label"] == "joint" for line in lines):
+        lines = [line for line in lines if line["rung"] not in CACHES and not line["rung"].startswith(_WITHOUT)]
     found = []
     for line in lines:
         targets = [
@@ -201,9 +207,9 @@ def _helped(regime: Regime, rows: Sequence[dict[str, Any]]) -> Table | None:
     """Which source helped in which domain: what a joint target without it lacks of the gain."""
     lines = {line["label"]: line for line in summed(regime, rows)}
     lacking = {
-        label.removeprefix("joint-no-"): line
+        label.removeprefix(_WITHOUT): line
         for label, line in lines.items()
-        if label == line["rung"] and label.startswith("joint-no-")
+        if label == line["rung"] and label.startswith(_WITHOUT)
     }
     if not lacking or "joint" not in lines:
         return None
