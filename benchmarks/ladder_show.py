@@ -92,10 +92,10 @@ def names(columns: Sequence[Sequence[dict[str, Any]]]) -> dict[str, str]:
     return {label: told for label, (_, told) in sorted(about.items(), key=lambda held: held[1][0])}
 
 
-def overview(regimes: Sequence[Regime], rows: Sequence[dict[str, Any]]) -> str:
+def overview(regimes: Sequence[Regime], rows: Sequence[dict[str, Any]], tables: Sequence[Table] = ()) -> str:
     """All regimes in one Markdown table, a line a rung: bits per byte, spread and number of seeds, gain over the pivot,
     and that as a multiple of label-only training's. The best of a regime, by the half that chooses, is in bold. Then
-    the tables of `besides`.
+    what other tables there are.
     """
     columns = [in_short(regime, rows) for regime in regimes]
     about = names(columns)
@@ -111,7 +111,7 @@ def overview(regimes: Sequence[Regime], rows: Sequence[dict[str, Any]]) -> str:
     if any(_UNTRIED in found for found in notes.values()):
         told += ["", f"\\{_UNTRIED}"]
     told += ["", *(f"- {name}: {note}" for name, found in notes.items() for note in found if note != _UNTRIED)]
-    return "\n\n".join(["\n".join(told).rstrip(), *(table.markdown() for table in besides(regimes, rows))]) + "\n"
+    return "\n\n".join(["\n".join(told).rstrip(), *(table.markdown() for table in tables)]) + "\n"
 
 
 def _notes(regime: Regime, rows: Sequence[dict[str, Any]]) -> list[str]:

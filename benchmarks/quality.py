@@ -147,13 +147,15 @@ def _show(
         ladder_show.table(regime, rows)
     if not shown:
         raise ValueError(f"--record {given.record}: has nothing of {', '.join(r.name for r in regimes)}")
-    for table in ladder_show.besides(shown, rows):
+    tables = ladder_show.besides(shown, rows)
+    for table in tables:
         common.show(*table)
+    ladders = [regime for regime in shown if regime.name in REGIMES] or shown  # where settings are tried has no column
     if given.markdown:
-        given.markdown.write_text(ladder_show.overview(shown, rows))
+        given.markdown.write_text(ladder_show.overview(ladders, rows, tables))
         print(f"table in {given.markdown}")
     if given.plot:
-        ladder_picture.picture(given.plot, shown, rows)
+        ladder_picture.picture(given.plot, ladders, rows)
 
 
 def _quieten() -> None:

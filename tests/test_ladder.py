@@ -391,7 +391,7 @@ def test_which_source_helped_where_what_more_text_gives_and_what_bytes_buy(ladde
         "| --- | --- | --- |",
         "| top-32 | 0.4 | +0.1000 |",
     ]
-    assert stored.markdown() in show.overview([ladder.TRIAL], rows)
+    assert stored.markdown() in show.overview([ladder.TRIAL], rows, [stored])
 
 
 def test_a_merge_is_made_where_a_figure_is_asked_for_and_gone_afterwards(
