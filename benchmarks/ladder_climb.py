@@ -149,13 +149,13 @@ def _merged(lab: Lab, config: Config, targets: dict[str, Artifact], settings: Ma
             return lab.reading(config, "merged", folder, key, "choose")
 
     def lead(weights: tuple[float, ...], scales: Scales, others: Scales) -> tuple[float, float]:
-        return reading(weights, scales).lead(reading(weights, others), lab.documents["choose"])
+        return reading(weights, scales).lead(reading(weights, others))
 
     wanted, alone = settings.get("scale", 1.0), list[float]()
     if settings.get("weights") == "auto":
         alone = [lab.reading(config, n, a.folder / "model", a.key, "choose").mean() for n, a in targets.items()]
     far = None if wanted == "auto" else alike(wanted)
-    weights, scales, _ = choose(lambda weights, scales: reading(weights, scales).mean(), alone, far, lead)
+    weights, scales, _, _ = choose(lambda weights, scales: reading(weights, scales).mean(), alone, far, lead)
     with lab.merged(config, targets, _weighed(settings, weights), scales) as (folder, key):
         told = _measured(lab, config, "merged", folder, key)
     found = {"weights": list(weights)} if weights else {}

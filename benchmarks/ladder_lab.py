@@ -19,7 +19,7 @@ from fusion import config_file, hub, pipeline, tracking
 from fusion.artifact import Artifact, digest, read_manifest, write_json
 from fusion.config import Config, Model
 from fusion.corpus import Corpus
-from fusion.measure import Reading, documents, read
+from fusion.measure import Reading, read
 from fusion.merge.engine import merge, plan
 from fusion.merge.recipe import MergeRecipe
 from fusion.merge.scales import Scales, alike
@@ -48,7 +48,6 @@ class Lab:
         self._halves = ladder_corpus.halved(self._heldout, tuple(PIECES))
         self._more: ladder_corpus.Rows | None = None
         self._pieces: dict[str, list[Sample]] = {}
-        self.documents: dict[str, np.ndarray] = {}
         self._unmade: dict[Path, MergeRecipe] = {}
 
     def config(self, rung: Rung, regime: Regime, seed: int, rate: float) -> Config:
@@ -188,17 +187,14 @@ class Lab:
         return float(json.loads(path.read_text())["strict"])
 
     def _heldout_pieces(self, config: Config) -> dict[str, list[Sample]]:
-        """The first held-out pieces by id of each half and domain; `documents` tells which document each is of."""
+        """The first held-out pieces by id of each half and domain."""
         if not self._pieces:
             prepared = next(t.out.folder for t in self._tasks(config) if t.out.stage == "prepare")
-            samples = list(Corpus(prepared, "heldout"))
-            of = dict(zip((sample.id for sample in samples), documents(samples).tolist(), strict=True))
             by_domain: dict[str, list[Sample]] = {}
-            for sample in sorted(samples, key=lambda s: s.id):
+            for sample in sorted(Corpus(prepared, "heldout"), key=lambda s: s.id):
                 by_domain.setdefault(sample.domain, []).append(sample)
             for label, those in by_domain.items():
                 half, domain = label.split("-")
                 count = PIECES[half] // 4 if self.quick else PIECES[half]
                 self._pieces.setdefault(half, []).extend(replace(s, domain=domain) for s in those[:count])
-            self.documents = {half: np.array([of[s.id] for s in those]) for half, those in self._pieces.items()}
         return self._pieces

@@ -217,7 +217,7 @@ def _helped(regime: Regime, rows: Sequence[dict[str, Any]]) -> Table | None:
         [source, *(f"{line['bits'][d][0] - lines['joint']['bits'][d][0]:+.4f}" for d in (*DOMAINS, "mean"))]
         for source, line in lacking.items()
     ]
-    return Table(f"{regime.name}: bits per byte that are lost without a source", ["source", *DOMAINS, "mean"], found)
+    return Table(f"Bits per byte that are lost without a source: {regime.about}", ["source", *DOMAINS, "mean"], found)
 
 
 def _stored(regime: Regime, rows: Sequence[dict[str, Any]]) -> Table | None:
@@ -229,8 +229,14 @@ def _stored(regime: Regime, rows: Sequence[dict[str, Any]]) -> Table | None:
     found = []
     for line in sorted([lines["joint"], *kept], key=lambda line: float(line["cache_bytes"])):
         about = KEPT if line["label"] == "joint" else line["about"]
-        found.append([about, f"{line['cache_bytes'] / 1e6:,.1f}", f"{line['gain']:+.4f}"])
-    return Table(f"{regime.name}: what each byte of cache buys", ["kept of each source", "MB", "joint's gain"], found)
+        found.append([about, f"{line['cache_bytes'] / 1e6:,.1f}", _gain(line)])
+    columns = ["kept of each source", "MB of all sources and the pivot", "joint's gain"]
+    return Table(f"What each byte of cache buys: {regime.about}", columns, found)
+
+
+def _gain(line: dict[str, Any]) -> str:
+    """With an asterisk where the rates on both sides were not tried."""
+    return f"{line['gain']:+.4f}" + (r"\*" if line["climbed"] is False else "")
 
 
 def _curves(regimes: Sequence[Regime], rows: Sequence[dict[str, Any]]) -> list[Table]:
@@ -246,10 +252,10 @@ def _curves(regimes: Sequence[Regime], rows: Sequence[dict[str, Any]]) -> list[T
         for regime in alike:
             labels, joint = (lines[regime.name][label] for label in ("labels", "joint"))
             back = lines[regime.name].get("labels-back")
-            told = [f"{line['gain']:+.4f}" if line else "–" for line in (labels, back, joint)]
+            told = [_gain(line) if line else "–" for line in (labels, back, joint)]
             found.append([regime.about, f"{joint['positions']:,.0f}", *told])
         columns = ["text", "tokens read", "label-only's gain", "and drawn back", "joint's gain"]
-        tables.append(Table("what more text gives", columns, found))
+        tables.append(Table("What more text gives", columns, found))
     return tables
 
 

@@ -48,30 +48,30 @@ class Reading:
         mean = sum(bits.values()) / len(bits)
         return mean if math.isfinite(mean) else math.inf
 
-    def lead(self, other: "Reading", documents: np.ndarray) -> tuple[float, float]:
+    def lead(self, other: "Reading") -> tuple[float, float]:
         """How far this is below another reading of the same samples, and the margin within which that may be noise.
 
-        Both in bits per byte, means over domains. What is hard about a sample for both is no noise, and the pieces of
-        one document are no more than one draw. The margin is half of a 95 % confidence interval: Student's t by Welch's
-        degrees of freedom, times the standard error of a ratio by the jackknife (Cochran 1977, Sampling Techniques,
-        chapter 6). A domain of one document does not tell its noise, and makes the margin infinite.
+        Both in bits per byte, means over domains. What is hard about a sample for both is no noise. The margin is half
+        of a 95 % confidence interval: Student's t by Welch's degrees of freedom, times the standard error of a ratio by
+        the jackknife (Cochran 1977, Sampling Techniques, chapter 6). A domain of one sample does not tell its noise,
+        and makes the margin infinite. Each sample is taken for a draw of its own: where a domain's samples are pieces
+        of a few documents, which are alike, the true margin is wider.
 
-        Args:
-            documents: int64 (n,), which document a sample is of.
+        Raises:
+            ValueError: the readings are of other samples.
         """
-        assert self.domains == other.domains and np.array_equal(self.sizes, other.sizes)
+        if self.domains != other.domains or not np.array_equal(self.sizes, other.sizes):
+            raise ValueError("readings of other samples cannot be compared")
         leads, variances, freedoms = [], [], []
         for _, at in self._places():
-            _, of = np.unique(documents[at], return_inverse=True)
-            bits = np.bincount(of, (other.nats[at] - self.nats[at]) / math.log(2))
-            sizes = np.bincount(of, self.sizes[at])
+            bits, sizes = (other.nats[at] - self.nats[at]) / math.log(2), self.sizes[at]
             leads.append(bits.sum() / sizes.sum())
-            if len(bits) == 1:
+            if len(at) == 1:
                 variances.append(math.inf)
                 continue
             without = (bits.sum() - bits) / (sizes.sum() - sizes)
-            variances.append((len(bits) - 1) * without.var())
-            freedoms.append(len(bits) - 1)
+            variances.append((len(at) - 1) * without.var())
+            freedoms.append(len(at) - 1)
         lead, variance = float(np.mean(leads)), float(sum(variances))
         if variance in (0.0, math.inf):
             return lead, variance
@@ -85,12 +85,6 @@ class Reading:
             if self.sizes[n]:
                 found.setdefault(domain, []).append(n)
         return [(domain, np.array(at)) for domain, at in sorted(found.items())]
-
-
-def documents(samples: Iterable[Sample]) -> np.ndarray:
-    """int64 (n,), the document of each sample, by number: the pieces of one follow each other, the last is complete."""
-    ends = [sample.complete for sample in samples]
-    return np.cumsum([0, *ends])[:-1]
 
 
 def made_of(pivot: Model, folder: Path, name: str) -> Model:

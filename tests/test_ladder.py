@@ -387,7 +387,7 @@ def test_which_source_helped_where_what_more_text_gives_and_what_bytes_buy(ladde
         ["draws-200", "9.0", "+0.2000"],
     ]
     assert stored.markdown().splitlines()[2:5] == [
-        "| kept of each source | MB | joint's gain |",
+        "| kept of each source | MB of all sources and the pivot | joint's gain |",
         "| --- | --- | --- |",
         "| top-32 | 0.4 | +0.1000 |",
     ]
@@ -403,7 +403,6 @@ def test_a_merge_is_made_where_a_figure_is_asked_for_and_gone_afterwards(
     lab.zoo = _zoo(importlib.import_module("ladder"), tmp_path)
     (tmp_path / "readings").mkdir()
     lab._pieces = {"choose": samples(2, seed=1), "report": samples(2, seed=2)}
-    lab.documents = {"choose": np.arange(2)}
     config = load(tmp_path, tree(tmp_path, tmp_path / "pivot", {"a": tmp_path}))
     target = artifact(tmp_path, "distill")
     noise, best = 0.0, (0.75, 0.5)  # by how much scales suit one sample and not the other; what suits both

@@ -314,7 +314,8 @@ def test_what_goes_further_than_all_of_the_update_has_to_be_surely_better(
 def test_of_what_is_surely_better_the_best() -> None:
     tried = {alike(0.0): 2.0, alike(0.5): 1.8, alike(1.0): 1.6, alike(1.2): 1.5, alike(1.5): 1.3, alike(1.7): 1.4}
     noise = {alike(1.2): 0.0, alike(1.5): 0.4, alike(1.7): 0.1}
-    assert surely(tried, lambda scales, whole: (tried[whole] - tried[scales], noise[scales])) == alike(1.7)
+    found = surely(tried, lambda scales, whole: (tried[whole] - tried[scales], noise[scales]))
+    assert found == (alike(1.7), (alike(1.5), pytest.approx(0.3), 0.4))
 
 
 def test_weights_for_all_of_the_update_are_searched_with_all_of_it() -> None:
@@ -324,9 +325,10 @@ def test_weights_for_all_of_the_update_are_searched_with_all_of_it() -> None:
         first = weights[0] if weights else 0.5
         return 1.5 + 0.3 * (scales.layers - 1.5) ** 2 + 0.2 * abs(first - (0.6 if scales.layers > 1.2 else 1.0))
 
-    weights, scales, _ = choose(measure, [1.6, 1.7], None, lambda *_: (0.1, 0.0))
-    assert weights[0] == pytest.approx(0.6, abs=0.1) and scales.layers > 1.2
-    weights, scales, tried = choose(measure, [1.6, 1.7], None, lambda *_: (0.1, 1.0))
+    weights, scales, _, refused = choose(measure, [1.6, 1.7], None, lambda *_: (0.1, 0.0))
+    assert refused is None and weights[0] == pytest.approx(0.6, abs=0.1) and scales.layers > 1.2
+    weights, scales, tried, refused = choose(measure, [1.6, 1.7], None, lambda *_: (0.1, 1.0))
+    assert refused is not None and refused.scales.layers > 1.2  # told, though measured with other weights
     assert weights[0] == pytest.approx(1.0, abs=0.1) and scales == alike(1) and scales in tried
 
 
@@ -334,7 +336,7 @@ def test_all_of_an_update_that_is_no_number_is_not_taken() -> None:
     def measure(weights: tuple[float, ...], scales: Scales) -> float:
         return float("inf") if scales.layers > 0.9 else 2 - scales.layers
 
-    weights, scales, _ = choose(measure, [], None, lambda *_: (float("nan"), float("nan")))
+    _, scales, *_ = choose(measure, [], None, lambda *_: (float("nan"), float("nan")))
     assert scales.layers <= 0.9
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 from fusion.merge.scales import Scales, alike, refine, search
 
@@ -62,13 +63,30 @@ def search_power(
     return power, scales, tried[power]
 
 
+class Refused(NamedTuple):
+    """Scales that measure best and are not taken: how far ahead of all of the update, and how much may be noise."""
+
+    scales: Scales
+    ahead: float
+    noise: float
+
+
+class Choice(NamedTuple):
+    """What was chosen; `tried`: the bits per byte of all scales that were measured with the weights."""
+
+    weights: tuple[float, ...]
+    scales: Scales
+    tried: dict[Scales, float]
+    refused: Refused | None
+
+
 def choose(
     measure: Callable[[tuple[float, ...], Scales], float],
     alone: Sequence[float],
     far: Scales | None,
     lead: Callable[[tuple[float, ...], Scales, Scales], tuple[float, float]],
     apart: bool = True,
-) -> tuple[tuple[float, ...], Scales, dict[Scales, float]]:
+) -> Choice:
     """How much each target counts, and how far to go, by what is measured.
 
     Of scales that are measured, those that go further than all of the update have to be better than it by more than the
@@ -84,15 +102,15 @@ def choose(
             how much of that may be noise.
         apart: see `scales.search`.
 
-    Returns:
-        The weights, the scales, and the bits per byte of all scales that were measured with these weights.
-
     Raises:
         ValueError: no scales give bits per byte that are finite.
     """
     if not alone:
-        scales, tried = (far, {}) if far else search(partial(measure, ()), apart)
-        return (), scales if far else surely(tried, partial(lead, ())), tried
+        if far:
+            return Choice((), far, {}, None)
+        _, tried = search(partial(measure, ()), apart)
+        scales, refused = surely(tried, partial(lead, ()))
+        return Choice((), scales, tried, refused)
     base = measure((), alike(0))
     gains = [base - bits if math.isfinite(base - bits) else 0.0 for bits in alone]
 
@@ -100,18 +118,26 @@ def choose(
         return measure(shares(gains, power), scales)
 
     power, best, tried = search_power(attempt, far, apart)
-    scales = far or surely(tried, partial(lead, shares(gains, power)))
+    scales, refused = (far, None) if far else surely(tried, partial(lead, shares(gains, power)))
     if scales != best:  # for which the power was chosen
         again, _, those = search_power(attempt, scales, apart)
         power, tried = again, tried if again == power else those
-    return shares(gains, power), scales, tried
+    return Choice(shares(gains, power), scales, tried, refused)
 
 
-def surely(tried: Mapping[Scales, float], lead: Callable[[Scales, Scales], tuple[float, float]]) -> Scales:
-    """The scales that measure best; none further than all of the update that is not ahead of it by more than noise."""
+def surely(
+    tried: Mapping[Scales, float], lead: Callable[[Scales, Scales], tuple[float, float]]
+) -> tuple[Scales, Refused | None]:
+    """The scales that measure best, and those that do better still and are refused.
+
+    None may go further than all of the update that is not ahead of it by more than noise.
+    """
     whole = alike(1)
     may = {scales: bits for scales, bits in tried.items() if scales != alike(0) and math.isfinite(bits)}
+    best = min(may, key=may.__getitem__)
+    ahead: dict[Scales, tuple[float, float]] = {}
     if whole in may:
         ahead = {scales: lead(scales, whole) for scales in may if max(scales.layers, scales.outside) > 1}
         may = {s: bits for s, bits in may.items() if s not in ahead or ahead[s][0] > ahead[s][1]}
-    return min(may, key=may.__getitem__)
+    scales = min(may, key=may.__getitem__)
+    return scales, None if scales == best else Refused(best, *ahead[best])

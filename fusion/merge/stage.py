@@ -16,8 +16,8 @@ from fusion import cluster, tracking
 from fusion.artifact import Artifact, digest, write_json
 from fusion.config import Config
 from fusion.corpus import Corpus
-from fusion.measure import Reading, documents, made_of, read
-from fusion.merge.contribution import choose
+from fusion.measure import Reading, made_of, read
+from fusion.merge.contribution import Refused, choose
 from fusion.merge.engine import merge, plan
 from fusion.merge.methods import get_method
 from fusion.merge.pools import TensorReport
@@ -69,9 +69,9 @@ def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, 
     else:
         tries = _Tries(config, inputs, out, samples)
         alone = tries.alone(models) if weighs else []
-        weights, scales, tried = choose(tries.measure, alone, far, tries.lead, _layered(config, inputs))
-        why = "" if far else tries.why(weights, scales, tried)
-        if why:
+        weights, scales, tried, refused = choose(tries.measure, alone, far, tries.lead, _layered(config, inputs))
+        if refused:
+            why = _why(refused)
             tracking.say(f"merge.scale: {why}: {scales} is taken")
         reports = tries.keep(weights, scales)
     finite = [[s.layers, s.outside, bits] for s, bits in tried.items() if math.isfinite(bits)]
@@ -122,16 +122,7 @@ class _Tries:
     def lead(self, weights: tuple[float, ...], scales: Scales, others: Scales) -> tuple[float, float]:
         """How far the merge with some scales is below that with others, both measured; see `Reading.lead`."""
         first, second = self._known[weights, scales], self._known[weights, others]
-        return cluster.on_main(lambda: first.lead(second, documents(self._samples)))
-
-    def why(self, weights: tuple[float, ...], scales: Scales, tried: Mapping[Scales, float]) -> str:
-        """Why other scales that measured better were not taken; empty where none did."""
-        best = min((s for s in tried if s != alike(0)), key=tried.__getitem__)
-        if best == scales:
-            return ""
-        ahead, noise = self.lead(weights, best, scales)
-        margin = f"a margin of {noise:.4f} for" if math.isfinite(noise) else "one document in a domain, which tells no"
-        return f"{best} measures {ahead:.4f} bits per byte better than {scales}, with {margin} noise"
+        return cluster.on_main(lambda: first.lead(second))
 
     def keep(self, weights: tuple[float, ...], scales: Scales) -> list[TensorReport]:
         """Make the merge with some weights and scales the result; the report of its tensors."""
@@ -166,7 +157,7 @@ class _Tries:
         return cluster.on_main(self._known[one].mean)
 
     def _remembered(self) -> dict[_Try, Reading]:
-        """What an earlier run wrote down; nothing where that cannot be read, or is of other samples."""
+        """What an earlier run wrote down; nothing where that cannot be read."""
         domains = tuple(sample.domain for sample in self._samples)
         try:
             sizes, held = json.loads(self._memory.read_text())
@@ -187,6 +178,13 @@ class _Tries:
 
     def _folder(self, one: _Try) -> Path:
         return self._out.folder / "tries" / _short(one)
+
+
+def _why(refused: Refused) -> str:
+    """Why scales were not taken."""
+    known = math.isfinite(refused.noise)
+    noise = f"{refused.noise:.4f} may be noise" if known else "all may be noise, with one sample in a domain"
+    return f"{refused.scales} measures {refused.ahead:.4f} bits per byte better than 1, of which {noise}"
 
 
 def scaled(whole: MergeRecipe, scales: Scales) -> MergeRecipe:
