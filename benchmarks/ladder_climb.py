@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import common
@@ -177,8 +176,8 @@ def _of_folder(lab: Lab, config: Config, name: str, folder: Path) -> Row:
 def _measured(lab: Lab, config: Config, name: str, folder: Path, key: str) -> Row:
     told: Row = {}
     for half in PIECES:
-        bits = lab.reading(config, name, folder, key, half).bits()
-        told[half] = {**bits, "mean": fmean(bits.values())}
+        found = lab.reading(config, name, folder, key, half)
+        told[half] = {**found.bits(), "mean": found.mean()}
     return told | ({"solved": lab.solved(folder, key), "questions": lab.questions} if lab.questions else {})
 
 

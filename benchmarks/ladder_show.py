@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import common
 from ladder import CACHES, DOMAINS, RUNGS, TRIALS, Regime
 
+from fusion.config import Capture
+
 _UNTRIED = "* the next lower or higher learning rate was not tried"
 _WITHOUT = "joint-no-"  # and a source
-KEPT = "50 draws"  # by default
+KEPT = f"{Capture().draws} draws"  # by default
 LEAST_GAIN = 0.005  # of label-only training, in bits per byte; multiples of less say nothing
 
 
@@ -24,7 +26,8 @@ class Table(NamedTuple):
     def markdown(self) -> str:
         """Its title in bold, and its lines."""
         lines = [self.columns, ["---"] * len(self.columns), *self.rows]
-        return f"**{self.title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return f"**{self.title}**\n\n" + table.replace("*", r"\*")
 
 
 def summed(regime: Regime, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -236,7 +239,7 @@ def _stored(regime: Regime, rows: Sequence[dict[str, Any]]) -> Table | None:
 
 def _gain(line: dict[str, Any]) -> str:
     """With an asterisk where the rates on both sides were not tried."""
-    return f"{line['gain']:+.4f}" + (r"\*" if line["climbed"] is False else "")
+    return f"{line['gain']:+.4f}" + ("*" if line["climbed"] is False else "")
 
 
 def _curves(regimes: Sequence[Regime], rows: Sequence[dict[str, Any]]) -> list[Table]:

@@ -49,12 +49,7 @@ def search(measure: Callable[[Scales], float], apart: bool = True) -> tuple[Scal
         ValueError: no scales give bits per byte that are finite.
     """
     tried: dict[Scales, float] = {}
-
-    def attempt(scales: Scales) -> float:
-        if scales not in tried:
-            tried[scales] = measure(scales)
-        return tried[scales]
-
+    attempt = _once(measure, tried)
     attempt(alike(_lowest({scale: attempt(alike(scale)) for scale in (0.0, 0.5, 1.0)})))
     for part in ("outside", "layers") if apart else ():
         _along(attempt, _best(tried), part)
@@ -64,14 +59,19 @@ def search(measure: Callable[[Scales], float], apart: bool = True) -> tuple[Scal
 def refine(measure: Callable[[Scales], float], known: Mapping[Scales, float]) -> Scales:
     """The best scales near the best of some that are known, after three measurements at most: within the layers."""
     tried = dict(known)
+    _along(_once(measure, tried), _best(tried), "layers")
+    return _best(tried)
+
+
+def _once(measure: Callable[[Scales], float], tried: dict[Scales, float]) -> Callable[[Scales], float]:
+    """`measure`, asked once for each scales: `tried` keeps what it said."""
 
     def attempt(scales: Scales) -> float:
         if scales not in tried:
             tried[scales] = measure(scales)
         return tried[scales]
 
-    _along(attempt, _best(tried), "layers")
-    return _best(tried)
+    return attempt
 
 
 def _along(attempt: Callable[[Scales], float], here: Scales, part: str) -> None:
