@@ -193,7 +193,7 @@ CACHES: dict[str, tuple[str, dict[str, Any]]] = {  # what else may be kept of ea
     "top-32": ("the 32 most probable entries", {"sampler": "top_k", "k": 32}),
     "top-128": ("the 128 most probable entries", {"sampler": "top_k", "k": 128}),
 }
-# one change at a time to `gate-best`, of caches to `joint`, to choose the defaults by; docs/log.md tells of each
+# one change at a time to `gate-best`, or to `joint`, to choose the defaults by; docs/log.md tells of each
 TRIALS = {
     r.name: r
     for r in (
@@ -251,6 +251,7 @@ TRIALS = {
         _trial("teacher-0.8", "teacher's temperature 0.8", distill={"teacher_temperature": 0.8}),
         _trial("teacher-1.25", "teacher's temperature 1.25", distill={"teacher_temperature": 1.25}),
         *(Rung(name, about, "joint", _ours(capture=kept), DRAWN_BACK) for name, (about, kept) in CACHES.items()),
+        Rung("gate-cold", "gate temperature 0.1", "joint", _ours(distill={"gate_temperature": 0.1}), DRAWN_BACK),
         _trial("smoothing", "label smoothing 0.1", distill={"label_smoothing": 0.1}),
         _trial("gate-alike", "gate: all alike", distill={"gate": "all"}),
         _trial("map-hard", "map: a source token's likeliest target token", align={"maps": ["hard", "prefix"]}),
