@@ -251,6 +251,13 @@ TRIALS = {
         _trial("teacher-0.8", "teacher's temperature 0.8", distill={"teacher_temperature": 0.8}),
         _trial("teacher-1.25", "teacher's temperature 1.25", distill={"teacher_temperature": 1.25}),
         *(Rung(name, about, "joint", _ours(capture=kept), DRAWN_BACK) for name, (about, kept) in CACHES.items()),
+        Rung(
+            "heard",
+            "labels teach what the sources heard leave of the weights",
+            "joint",
+            _ours(distill={"label_schedule": "confidence"}),
+            DRAWN_BACK,
+        ),
         Rung("gate-cold", "gate temperature 0.1", "joint", _ours(distill={"gate_temperature": 0.1}), DRAWN_BACK),
         _trial("smoothing", "label smoothing 0.1", distill={"label_smoothing": 0.1}),
         _trial("gate-alike", "gate: all alike", distill={"gate": "all"}),
