@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 DEEPSPEED = ROOT / "configs/deepspeed/zero0.json"
 TEXTS = ("fuse.jsonl", "heldout.jsonl")  # of a zoo
 DOMAINS = ("math", "code", "prose")  # a source each
-RATES = (1.5625e-5, 3.125e-5, 6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+WITHOUT = "joint-no-"  # and a source: the rung that goes without it
+RATES = (7.8125e-6, 1.5625e-5, 3.125e-5, 6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 BATCH = 16
 PIECE = 900  # bytes of a sample at most
 DTYPE = "float32"  # of everything, so that figures of machines with and without bfloat16 stand in one table
@@ -169,7 +170,7 @@ RUNGS = {
         ),
         *(
             Rung(
-                f"joint-no-{left}", f"ours, joint, without {left}", "joint", _ours(), DRAWN_BACK, sources=_without(left)
+                f"{WITHOUT}{left}", f"ours, joint, without {left}", "joint", _ours(), DRAWN_BACK, sources=_without(left)
             )
             for left in DOMAINS
         ),

@@ -6,13 +6,9 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import common
-from ladder import CACHES, DOMAINS, RUNGS, TRIALS, Regime
-
-from fusion.config import Capture
+from ladder import CACHES, DOMAINS, RUNGS, TRIALS, WITHOUT, Regime
 
 _UNTRIED = "* the next lower or higher learning rate was not tried"
-_WITHOUT = "joint-no-"  # and a source
-KEPT = f"{Capture().draws} draws"  # by default
 LEAST_GAIN = 0.005  # of label-only training, in bits per byte; multiples of less say nothing
 
 
@@ -70,11 +66,11 @@ def summed(regime: Regime, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any
 def in_short(regime: Regime, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of a regime's lines the pivot, what each rung comes to, and the best target of those that train several.
 
-    Not what `besides` tells against `joint`: fewer sources and other caches.
+    Not what `ladder_besides` tells against `joint`: fewer sources and other caches.
     """
     lines = [line for line in summed(regime, rows) if line["rung"] not in DOMAINS]
     if any(line["label"] == "joint" for line in lines):
-        lines = [line for line in lines if line["rung"] not in CACHES and not line["rung"].startswith(_WITHOUT)]
+        lines = [line for line in lines if line["rung"] not in CACHES and not line["rung"].startswith(WITHOUT)]
     found = []
     for line in lines:
         targets = [
@@ -138,11 +134,16 @@ def _notes(regime: Regime, rows: Sequence[dict[str, Any]]) -> list[str]:
     return told
 
 
-def _cell(line: dict[str, Any], best: bool) -> str:
+def figure(line: dict[str, Any], untried: str = "*", best: bool = False) -> str:
+    """Bits per byte; spread and number of seeds where there are several; marked where rates were not tried."""
     bits, spread = line["bits"]["mean"]
     told = f"**{bits:.4f}**" if best else f"{bits:.4f}"
     told += f" ± {spread:.4f} ({line['seeds']})" if line["seeds"] > 1 else ""
-    told += r"\*" if line["climbed"] is False else ""
+    return told + (untried if line["climbed"] is False else "")
+
+
+def _cell(line: dict[str, Any], best: bool) -> str:
+    told = figure(line, r"\*", best)
     if not line["rate"]:
         return told
     return told + f", {line['gain']:+.4f}" + (f", {line['times']:.2f}×" if line["times"] is not None else "")
@@ -198,68 +199,6 @@ def table(regime: Regime, rows: Sequence[dict[str, Any]]) -> None:
     common.show(f"{regime.name}: {regime.about}", columns, shown)
     for note in _notes(regime, rows):
         print(note)
-
-
-def besides(regimes: Sequence[Regime], rows: Sequence[dict[str, Any]]) -> list[Table]:
-    """What a user decides by: which source helps where, what more text gives, what each byte of cache buys."""
-    found = [made(regime, rows) for regime in regimes for made in (_helped, _stored)]
-    return [table for table in (*found, *_curves(regimes, rows)) if table is not None]
-
-
-def _helped(regime: Regime, rows: Sequence[dict[str, Any]]) -> Table | None:
-    """Which source helped in which domain: what a joint target without it lacks of the gain."""
-    lines = {line["label"]: line for line in summed(regime, rows)}
-    lacking = {
-        label.removeprefix(_WITHOUT): line
-        for label, line in lines.items()
-        if label == line["rung"] and label.startswith(_WITHOUT)
-    }
-    if not lacking or "joint" not in lines:
-        return None
-    found = [
-        [source, *(f"{line['bits'][d][0] - lines['joint']['bits'][d][0]:+.4f}" for d in (*DOMAINS, "mean"))]
-        for source, line in lacking.items()
-    ]
-    return Table(f"Bits per byte that are lost without a source: {regime.about}", ["source", *DOMAINS, "mean"], found)
-
-
-def _stored(regime: Regime, rows: Sequence[dict[str, Any]]) -> Table | None:
-    """What each byte of cache buys: the joint target's gain by what is kept of each source."""
-    lines = {line["label"]: line for line in summed(regime, rows)}
-    kept = [line for label, line in lines.items() if label in CACHES]
-    if not kept or "joint" not in lines:
-        return None
-    found = []
-    for line in sorted([lines["joint"], *kept], key=lambda line: float(line["cache_bytes"])):
-        about = KEPT if line["label"] == "joint" else line["about"]
-        found.append([about, f"{line['cache_bytes'] / 1e6:,.1f}", _gain(line)])
-    columns = ["kept of each source", "MB of all sources and the pivot", "joint's gain"]
-    return Table(f"What each byte of cache buys: {regime.about}", columns, found)
-
-
-def _gain(line: dict[str, Any]) -> str:
-    """With an asterisk where the rates on both sides were not tried."""
-    return f"{line['gain']:+.4f}" + ("*" if line["climbed"] is False else "")
-
-
-def _curves(regimes: Sequence[Regime], rows: Sequence[dict[str, Any]]) -> list[Table]:
-    """What more text gives: the gains in regimes that differ in their text alone."""
-    tables = []
-    for passes in sorted({regime.passes for regime in regimes if not regime.converged}):
-        alike = sorted((r for r in regimes if r.passes == passes and not r.converged), key=lambda r: r.share)
-        lines = {regime.name: {line["label"]: line for line in summed(regime, rows)} for regime in alike}
-        alike = [regime for regime in alike if {"labels", "joint"} <= set(lines[regime.name])]
-        if len(alike) < 2:
-            continue
-        found = []
-        for regime in alike:
-            labels, joint = (lines[regime.name][label] for label in ("labels", "joint"))
-            back = lines[regime.name].get("labels-back")
-            told = [_gain(line) if line else "–" for line in (labels, back, joint)]
-            found.append([regime.about, f"{joint['positions']:,.0f}", *told])
-        columns = ["text", "tokens read", "label-only's gain", "and drawn back", "joint's gain"]
-        tables.append(Table("What more text gives", columns, found))
-    return tables
 
 
 def _bits(line: dict[str, Any]) -> float:

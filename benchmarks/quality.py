@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import common
+import ladder_besides
 import ladder_picture
 import ladder_record
 import ladder_show
@@ -147,7 +148,7 @@ def _show(
         ladder_show.table(regime, rows)
     if not shown:
         raise ValueError(f"--record {given.record}: has nothing of {', '.join(r.name for r in regimes)}")
-    tables = ladder_show.besides(shown, rows)
+    tables = ladder_besides.besides(shown, rows)
     for table in tables:
         common.show(*table)
     ladders = [regime for regime in shown if regime.name in REGIMES] or shown  # where settings are tried has no column

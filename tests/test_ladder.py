@@ -360,19 +360,19 @@ def _row(regime: str, rung: str, mean: float, rate: float | None = 1e-3, **domai
 
 
 def test_which_source_helped_where_what_more_text_gives_and_what_bytes_buy(ladder: Any) -> None:
-    show = importlib.import_module("ladder_show")
+    show, besides = (importlib.import_module(name) for name in ("ladder_show", "ladder_besides"))
     rows = [_row("trial", "pivot", 2.4), _row("trial", "labels", 2.375), _row("trial", "joint", 2.25)]
     rows[-1] |= {"cache_bytes": 2.5e6}
     rows.append(_row("trial", "joint-no-math", 2.2625, math=2.375))
     rows[-1] |= {"models": {"joint": rows[-1], "as far as chosen": rows[-1]}, "targets": ["joint"]}
-    (helped,) = show.besides([ladder.TRIAL], rows)
+    (helped,) = besides.besides([ladder.TRIAL], rows)
     assert helped.rows == [["math", "+0.1250", "+0.0125", "+0.0125", "+0.0125"]]
     more = [_row("small-12", "pivot", 2.4), _row("small-12", "labels", 2.25), _row("small-12", "labels-back", 2.24)]
     more.append(_row("one-pass", "pivot", 2.4))
     regimes = [ladder.REGIMES["small-12"], ladder.REGIMES["one-pass"], ladder.TRIAL]
-    assert show.besides(regimes, [*rows, *more]) == [helped]  # one regime alone that has labels and joint
+    assert besides.besides(regimes, [*rows, *more]) == [helped]  # one regime alone that has labels and joint
     more.append(_row("small-12", "joint", 2.0))
-    assert show.besides(regimes, [*rows, *more])[-1].rows == [
+    assert besides.besides(regimes, [*rows, *more])[-1].rows == [
         ["5 % of the corpus, 12 passes", "2,250", "+0.0250", "–", "+0.1500"],
         ["15 % of the corpus, 12 passes", "2,000", "+0.1500", "+0.1600", "+0.4000"],
     ]
@@ -380,7 +380,7 @@ def test_which_source_helped_where_what_more_text_gives_and_what_bytes_buy(ladde
         {**_row("trial", "draws-200", 2.2), "cache_bytes": 9e6},
         {**_row("trial", "top-32", 2.3), "cache_bytes": 4e5},
     ]
-    stored = show.besides([ladder.TRIAL], rows)[-1]
+    stored = besides.besides([ladder.TRIAL], rows)[-1]
     assert stored.rows == [
         ["top-32", "0.4", "+0.1000"],
         ["50 draws", "2.5", "+0.1500"],
@@ -392,6 +392,29 @@ def test_which_source_helped_where_what_more_text_gives_and_what_bytes_buy(ladde
         "| top-32 | 0.4 | +0.1000 |",
     ]
     assert stored.markdown() in show.overview([ladder.TRIAL], rows, [stored])
+
+
+def test_what_each_merge_gives_and_how_near_the_sources_a_target_is(ladder: Any) -> None:
+    besides = importlib.import_module("ladder_besides")
+    rows = [_row("small-12", "pivot", 2.4), _row("converged", "pivot", 2.0)]
+    rows += [
+        _row(name, domain, 3.0, **{domain: 1.5}) for name in ("small-12", "converged") for domain in ladder.DOMAINS
+    ]
+    rows += [_row("small-12", "joint", 2.25), _row("small-12", "pairwise", 2.3), _row("small-12", "pairwise", 2.5)]
+    for row, of_math in zip(rows[-2:], (2.3, 2.5), strict=True):
+        target, average = (_row("small-12", "pairwise", mean) for mean in (of_math, of_math - 0.25))
+        row |= {"models": {"math": target, "average": average}, "targets": ["math"], "climbed": False}
+    regimes = [ladder.REGIMES["small-12"], ladder.REGIMES["converged"]]
+    merged, near = besides.besides(regimes, rows)
+    assert merged.columns == ["", "small-12"]
+    assert merged.rows == [["target math", "2.4000 ± 0.1414 (2)*"], ["average", "2.1500 ± 0.1414 (2)*"]]
+    assert near.rows == [
+        ["the pivot", *["2.4000"] * 4],
+        ["joint: 15 % of the corpus, 12 passes", *["2.2500"] * 4],
+        ["each source in its own domain", *["1.5000"] * 4],
+    ]
+    with_both = besides.besides(regimes, [*rows, _row("converged", "joint", 1.75)])[1]
+    assert [told[0] for told in with_both.rows][2] == "the pivot, converged"
 
 
 def test_a_merge_is_made_where_a_figure_is_asked_for_and_gone_afterwards(
