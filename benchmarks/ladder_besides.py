@@ -39,7 +39,7 @@ def _merged(regimes: Sequence[Regime], lines: Mapping[str, _Lines]) -> Table | N
 
 def _bounded(regimes: Sequence[Regime], lines: Mapping[str, _Lines]) -> Table | None:
     """How near the joint target is to each source in the source's own domain."""
-    found, pivots = list[list[str]](), set[str]()
+    found, pivots = list[list[str]](), set[bool]()
     for regime in regimes:
         own = lines[regime.name]
         if "joint" not in own or not set(DOMAINS) <= set(own):
@@ -47,8 +47,8 @@ def _bounded(regimes: Sequence[Regime], lines: Mapping[str, _Lines]) -> Table | 
         begun, reached = (
             [f"{own[label]['bits'][d][0]:.4f}" for d in (*DOMAINS, "mean")] for label in ("pivot", "joint")
         )
-        if begun[-1] not in pivots:
-            pivots.add(begun[-1])
+        if regime.converged not in pivots:
+            pivots.add(regime.converged)
             found.append([own["pivot"]["about"] + (", converged" if regime.converged else ""), *begun])
         found.append([f"{own['joint']['about']}: {regime.about}", *reached])
         sources = [own[d]["bits"][d][0] for d in DOMAINS]
