@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
-from ladder import CACHES, DOMAINS, WITHOUT, Regime
+from ladder import DOMAINS, WITHOUT, Regime
 from ladder_show import Table, figure, summed
+from ladder_trials import CACHES
 
 from fusion.config import Capture
 

@@ -6,7 +6,8 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import common
-from ladder import CACHES, DOMAINS, RUNGS, TRIALS, WITHOUT, Regime
+from ladder import DOMAINS, RUNGS, WITHOUT, Regime
+from ladder_trials import CACHES, TRIALS
 
 _UNTRIED = "* the next lower or higher learning rate was not tried"
 LEAST_GAIN = 0.005  # of label-only training, in bits per byte; multiples of less say nothing

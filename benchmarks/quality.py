@@ -23,10 +23,11 @@ import ladder_besides
 import ladder_picture
 import ladder_record
 import ladder_show
-from ladder import DOMAINS, DTYPE, LEAST, QUICK, QUICK_RATE, RATES, REGIMES, RUNGS, TRIAL, TRIALS, Regime, Rung, Zoo
+from ladder import DOMAINS, DTYPE, LEAST, QUICK, QUICK_RATE, RATES, REGIMES, RUNGS, TRIAL, Regime, Rung, Zoo
 from ladder_climb import Climber
 from ladder_lab import QUESTIONS, Lab
 from ladder_record import Record, Row
+from ladder_trials import TRIALS
 
 from fusion import cluster, tracking
 from fusion.release import tasks
