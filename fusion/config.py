@@ -208,7 +208,7 @@ class Merge:
 
     method: Name = "linear"
     parameters: dict[str, float | int | bool | str | list[float]] = field(default_factory=dict)
-    dtype: Literal["bfloat16", "float16", "float32"] | None = None  # None: the targets' own
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None  # None: the pivot's
     # how far from the pivot to go along the merged update, 1: all of it; auto: so far as the validation samples say, in
     # the layers and outside of them; all of it where there are none; [0.9, 0.5]: in the layers, outside of them
     scale: float | str | list[float] = "auto"

@@ -47,6 +47,14 @@ class Corpus:
         """How many groups there are."""
         return int(self._file.num_row_groups)
 
+    @property
+    def chats(self) -> bool:
+        """Whether any of its samples is a chat."""
+        whole = self._file.metadata
+        column = whole.schema.names.index("messages")
+        groups = [whole.row_group(n) for n in range(self.groups)]
+        return any(group.column(column).statistics.null_count < group.num_rows for group in groups)
+
     def group(self, n: int) -> list[Sample]:
         """The samples of group n."""
         return [_from_row(row) for row in self._file.read_row_group(n).to_pylist()]

@@ -20,7 +20,7 @@ STAGES = {
     "capture": ("fusion.capture.stage", 3),
     "align": ("fusion.align.stage", 2),
     "distill": ("fusion.distill.stage", 3),
-    "merge": ("fusion.merge.stage", 5),
+    "merge": ("fusion.merge.stage", 6),
     "release": ("fusion.release.stage", 1),
 }
 # settings that change how long a stage takes or whether it starts, never what it writes
@@ -257,9 +257,8 @@ def plan(config: Config, found: Found) -> list[Task]:
         }
         targets[name] = task("distill", name, how, reads)
     fused = {f"target/{n}": t for n, t in targets.items() if n != "control"}
-    measures = config.merge.scale == "auto" or config.merge.weighs(len(fused))
-    reads = {"pivot": model(config.pivot), **fused, **({"prepare": prepare} if measures else {})}
-    merged = task("merge", "", _settings(config.merge), reads)
+    reads = {"prepare": prepare, "pivot": model(config.pivot), **fused}
+    merged = task("merge", "", {**_settings(config.merge), "template": hub.template_of(config.pivot)}, reads)
     here = [*(s for s in config.sources if s.cache is None), config.pivot]  # a cached source may lack its weights
     measured = {f"model/{m.name}": model(m) for m in here}
     between = {a.label: a for a in [*(c for c in caches.values() if isinstance(c, Artifact)), *maps.values()]}

@@ -94,6 +94,7 @@ def models(tmp_path: Path, tiny_llama: Any, byte_level_tokenizer: Any) -> tuple[
     prepared = tmp_path / "prepared"
     validation = samples(16, seed=4)
     write_samples(prepared / "validation.parquet", validation)
+    write_samples(prepared / "train.parquet", samples(4, seed=5))
     steps = torch.optim.SGD(model.parameters(), lr=0.3 / len(validation))
     for _ in range(4):
         for sample in validation:
@@ -160,6 +161,7 @@ def test_validation_samples_choose_the_scale(models: Any, tmp_path: Path, method
 def test_without_validation_samples_all_of_the_update(models: Any, tmp_path: Path) -> None:
     pivot, targets, _ = models
     write_samples(tmp_path / "empty/validation.parquet", [])
+    write_samples(tmp_path / "empty/train.parquet", samples(4))
     facts, out = run((pivot, targets, tmp_path / "empty"), tmp_path / "auto", Merge("linear"))
     assert facts["scale"] == 1.0 and (out / "model/config.json").exists()
 

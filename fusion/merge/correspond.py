@@ -101,18 +101,48 @@ def check_names(reference: Model, wanted: Mapping[str, str], other: Model, their
     `wanted`: the reference's names, with what `other` calls them; `theirs`: those of its names that are in question.
     A head that is the embedding again may be stored in one and left out in the other.
     """
-    absent = sorted(own for name, own in wanted.items() if own not in other.names and not other.ties(name, reference))
+    absent, untied = _apart(reference, wanted, other, theirs)
     if absent:
         raise ValueError(
             f"{other.folder} has no {_some(absent)}, which {reference.folder} has; merge models of one architecture"
         )
-    extra = sorted(set(theirs) - set(wanted.values()))
-    untied = [name for name in extra if not other.is_embedding_again(name)]
     if untied:
         raise ValueError(
             f"{other.folder} has {_some(untied)}, which {reference.folder} has not and which is no copy "
             "of the embedding; merge models of one architecture, with heads tied in all or in none"
         )
+
+
+def same_tensors(one: Model, other: Model) -> bool:
+    """Whether both have a row for each id of as many, and tensors of the same names, a head apart that is tied."""
+    if vocabulary_rows(one.config) != vocabulary_rows(other.config):
+        return False
+    return not any(_apart(one, {name: name for name in one.names}, other, other.names))
+
+
+def _apart(
+    reference: Model, wanted: Mapping[str, str], other: Model, theirs: Collection[str]
+) -> tuple[list[str], list[str]]:
+    """What `other` lacks, and what it has that the reference has not."""
+    absent = sorted(own for name, own in wanted.items() if own not in other.names and not other.ties(name, reference))
+    extra = sorted(set(theirs) - set(wanted.values()))
+    return absent, [name for name in extra if not other.is_embedding_again(name)]
+
+
+def leave_out_buffers(models: Sequence[Model]) -> None:
+    """Leave out what older versions of transformers stored and today's do not, unless all of the models have it.
+
+    Rotary frequencies and causal masks: computed from the configuration, never read.
+    """
+    common = frozenset.intersection(*(model.names for model in models))
+    for model in models:
+        model.names -= {name for name in model.names - common if _is_buffer(name, model)}
+
+
+def _is_buffer(name: str, model: Model) -> bool:
+    if name.endswith((".rotary_emb.inv_freq", ".attn.masked_bias", ".attention.masked_bias")):
+        return True
+    return name.endswith((".attn.bias", ".attention.bias")) and len(model.checkpoint.view(name).shape) == 4
 
 
 def check_alike(views: Sequence[View]) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion.merge import chat
-from fusion.merge.correspond import Model, check_alike, check_names, vocabulary_rows
+from fusion.merge.correspond import Model, check_alike, check_names, leave_out_buffers, vocabulary_rows
 from fusion.merge.folders import files_of, folders_of, tokenizer_digest
 from fusion.merge.jobs import Checkpoint, Job, Layout, View
 from fusion.merge.layers import before_layers, sliced_config
@@ -107,6 +107,7 @@ class _Plan:
     def __init__(self, recipe: MergeRecipe, models: Mapping[str, Model]) -> None:
         self._recipe, self._models = recipe, models
         self._first = next(iter(models.values()))
+        leave_out_buffers(list(models.values()))
         self._first.leave_out_copies()
         self._number = {model.spec: number for number, model in enumerate(models.values())}
         kind = get_method(recipe.method).statistics

@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from fusion import cluster, tracking
+from fusion import cluster, hub, tracking
 from fusion.artifact import Artifact, digest, write_json
 from fusion.config import Config
 from fusion.corpus import Corpus
 from fusion.measure import Reading, made_of, read
+from fusion.merge import chat
+from fusion.merge.base import base_for
 from fusion.merge.contribution import Refused, choose
 from fusion.merge.engine import merge, plan
 from fusion.merge.methods import get_method
@@ -25,6 +27,7 @@ from fusion.merge.recipe import MergeRecipe
 from fusion.merge.records import Lines
 from fusion.merge.scales import Scales, alike, given
 from fusion.records import Sample
+from fusion.tokens.render import PLAIN_TEMPLATE
 
 _MB = 1_000_000
 
@@ -49,8 +52,9 @@ def check(config: Config) -> None:
 def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, Any]:
     """Write the fused checkpoint as a Hugging Face folder `model/`; every rank takes part.
 
-    With `scale: auto` and with `weights: auto`, `inputs` holds `prepare` too, whose validation samples choose the
-    scales, and how much each target counts.
+    With `scale: auto` and with `weights: auto` the validation samples of `prepare` choose the scales, and how much each
+    target counts. A pivot whose checkpoint has other tensors than its targets is written anew first. The tokenizer
+    gets the template that chats were trained with.
 
     Raises:
         ValueError: an unknown method or parameter, or targets whose tensors are not the base's.
@@ -58,6 +62,7 @@ def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, 
     cluster.on_main(partial(_clear, out))
     far = None if config.merge.scale == "auto" else given(config.merge.scale)
     models = [Path(model) for model in recipe(config, inputs).models]
+    inputs = {**inputs, "pivot": cluster.on_main(partial(_base, config, inputs["pivot"], models[0], out))}
     weighs = config.merge.weighs(len(models))
     samples = list(Corpus(inputs["prepare"], "validation")) if weighs or far is None else []
     weights: tuple[float, ...] = ()
@@ -74,6 +79,7 @@ def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, 
             why = _why(refused)
             tracking.say(f"merge.scale: {why}: {scales} is taken")
         reports = tries.keep(weights, scales)
+    cluster.on_main(partial(_give_template, config, inputs, out.folder / "model"))
     finite = [[s.layers, s.outside, bits] for s, bits in tried.items() if math.isfinite(bits)]
     told: dict[str, Any] = {"scale": scales.layers, "scale outside of layers": scales.outside}
     told |= {"weights": list(weights)} if weights else {}
@@ -201,6 +207,23 @@ def _short(one: _Try) -> str:
     """What a try's folder is called."""
     weights, scales = one
     return "-".join([f"{scales.layers:g}", f"{scales.outside:g}", *([digest(weights)] if weights else [])])
+
+
+def _base(config: Config, pivot: Path, target: Path, out: Artifact) -> Path:
+    saved = out.folder / "work/base"
+    saved.parent.mkdir(parents=True, exist_ok=True)
+    found = base_for(config.pivot, pivot, target, saved)
+    if found != pivot:
+        tracking.say("  the pivot's checkpoint has other tensors than its targets: it is merged as transformers writes it")
+    return found
+
+
+def _give_template(config: Config, inputs: Mapping[str, Path], model: Path) -> None:
+    """Write the template that chats were trained with, where the pivot's tokenizer has another or none."""
+    template = hub.template_of(config.pivot)
+    if template == "own" and chat.read(inputs["pivot"]) is not None or not Corpus(inputs["prepare"], "train").chats:
+        return
+    chat.write(model, PLAIN_TEMPLATE if template in ("own", "plain") else template)
 
 
 def _clear(out: Artifact) -> None:

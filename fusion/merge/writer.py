@@ -210,13 +210,7 @@ def carry_over(layout: Layout, folder: Path) -> None:
 
     transformers loads all in that one.
     """
-    source = layout.copy_from
-    for path in [*source.iterdir(), *source.glob(f"{_TEMPLATES}/*.jinja")]:
-        left = path.suffix in _LEFT_SUFFIXES or path.name in _LEFT_NAMES or path.name.startswith(".")
-        if path.is_file() and not left and not path.name.endswith(".index.json"):
-            target = folder / path.relative_to(source)
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, target)
+    copy_beside(layout.copy_from, folder)
     elements: dict[str, int] = {}
     for job in layout.jobs:
         if np.issubdtype(STORAGE[job.dtype], np.floating) or job.dtype == "bfloat16":
@@ -225,6 +219,16 @@ def carry_over(layout: Layout, folder: Path) -> None:
     if elements:
         config = _with_dtype(config, max(elements, key=lambda dtype: elements[dtype]))
     _write_json(folder / "config.json", config)
+
+
+def copy_beside(source: Path, folder: Path) -> None:
+    """Copy what a model has beside weights: configurations, tokenizer, templates, licence."""
+    for path in [*source.iterdir(), *source.glob(f"{_TEMPLATES}/*.jinja")]:
+        left = path.suffix in _LEFT_SUFFIXES or path.name in _LEFT_NAMES or path.name.startswith(".")
+        if path.is_file() and not left and not path.name.endswith(".index.json"):
+            target = folder / path.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
