@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,22 +99,23 @@ def _with_datasets(dataset: Dataset, path: Path, key: str) -> Iterator[tuple[str
 def to_sample(row: dict, where: str, domain: str | None) -> Sample | None:
     """A row as a sample; None where it is blank.
 
-    `text`, `messages` (role, content) and `conversations` (from, value) are understood.
+    `text`, `messages` (role, content) and `conversations` (from, value) are understood. A chat ends with the
+    assistant's last turn before one that is not told in text: a call of a tool, an image, an assistant's empty answer.
 
     Raises:
         ValueError: the row has none of these, or one of another shape.
     """
     domain = str(domain or row.get("domain") or row.get("source") or "all")
-    turns = row.get("messages") or row.get("conversations")
+    turns = turns_of(row)
     if turns is not None:
         if not isinstance(turns, list | tuple):
             raise ValueError(f"{where}: `messages` is not a list: {str(turns)[:60]!r}")
-        messages = tuple(_message(turn, where) for turn in turns)
+        messages = _told(turns, where)
         _check_unicode("".join(m.content for m in messages), where)
-        if not any(m.role == "assistant" and m.content.strip() for m in messages):
-            return None
-        return Sample(sample_id(None, messages), domain, None, messages)
-    text = row.get("text")
+        return Sample(sample_id(None, messages), domain, None, messages) if messages else None
+    text = row.get("text", "" if {"messages", "conversations"} & row.keys() else None)
+    if text is None and "text" in row:
+        return None
     if not isinstance(text, str):
         raise ValueError(
             f"{where}: has neither `text` nor `messages`; its keys are {', '.join(map(str, row)) or 'none'}"
@@ -123,11 +124,36 @@ def to_sample(row: dict, where: str, domain: str | None) -> Sample | None:
     return Sample(sample_id(text), domain, text) if text.strip() else None
 
 
-def _message(turn: object, where: str) -> Message:
+def turns_of(row: dict) -> Any:
+    """The turns of a row that is a chat, None where it is none."""
+    return row.get("messages") or row.get("conversations")
+
+
+def _told(turns: Sequence[object], where: str) -> tuple[Message, ...]:
+    """The turns of a chat, or those that end with the assistant's last before one that is not told in text."""
+    messages: list[Message] = []
+    for message in (_message(turn, where) for turn in turns):
+        if message is None or (message.role == "assistant" and not message.content.strip()):
+            while messages and messages[-1].role != "assistant":
+                messages.pop()
+            break
+        messages.append(message)
+    return tuple(messages) if any(m.role == "assistant" for m in messages) else ()
+
+
+def _message(turn: object, where: str) -> Message | None:
+    """A turn; None for one that is not told in text."""
     if isinstance(turn, dict):
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if isinstance(role, str) and isinstance(content, str):
-            return Message(_ROLES.get(role.lower(), role.lower()), content)
+        calls = bool(turn.get("tool_calls") or turn.get("function_call"))
+        if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+            texts = [part.get("text") if part.get("type", "text") == "text" else None for part in content]
+            content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
+        if isinstance(role, str) and (isinstance(content, str) or calls or {"content", "value"} & turn.keys()):
+            if calls or content is None:
+                return None
+            if isinstance(content, str):
+                return Message(_ROLES.get(role.lower(), role.lower()), content)
     raise ValueError(f"{where}: a message is not {{role, content}}: {str(turn)[:60]!r}")
 
 

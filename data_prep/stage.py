@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.samples import BEGUN, beginning, cut, fraction, matches, read_rows, to_sample, unique
+from data_prep.samples import BEGUN, beginning, cut, fraction, matches, read_rows, to_sample, turns_of, unique
 from fusion import cluster, tracking
 from fusion.artifact import Artifact
 from fusion.config import Config, Dataset
@@ -82,6 +82,8 @@ class _Split:
             part = self.part_of(sample, dataset)
             if part is None:
                 continue
+            if left := len(turns_of(row) or ()) - len(sample.messages):
+                self.left_out["turns without text, and after such"] += left
             found.taken += 1
             yield from self._pieces(sample, part)
             if found.taken == dataset.limit:

@@ -16,7 +16,7 @@ from fusion.config import SAMPLERS, Config, Model
 
 # stage → its module, and the number of its format: raised when the same settings no longer give the same bytes
 STAGES = {
-    "prepare": ("data_prep.stage", 2),
+    "prepare": ("data_prep.stage", 3),
     "capture": ("fusion.capture.stage", 3),
     "align": ("fusion.align.stage", 2),
     "distill": ("fusion.distill.stage", 3),

@@ -76,6 +76,12 @@ def test_the_domain_is_the_configs_then_the_rows() -> None:
     [
         {"text": ""},
         {"text": " \n\t"},
+        {"text": None},
+        {"messages": []},
+        {"messages": [], "text": None},
+        {"messages": None, "conversations": []},
+        {"messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": None}]},
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}]},
         {"messages": [{"role": "user", "content": "Hello?"}]},
         {"messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "\n"}]},
     ],
@@ -84,19 +90,52 @@ def test_a_blank_row_is_no_sample(row: dict) -> None:
     assert to_sample(row, "f:1", None) is None
 
 
+_CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        _CALL,
+        {**_CALL, "content": None},
+        {**_CALL, "content": "Let me see."},
+        {"role": "assistant", "function_call": {"name": "f"}},
+        {"role": "assistant", "content": ""},
+        {"role": "user", "content": None},
+        {"role": "user", "content": [{"type": "text", "text": "and this?"}, {"type": "image"}]},
+    ],
+)
+def test_a_chat_ends_before_a_turn_that_is_not_told_in_text(turn: dict) -> None:
+    after = [{"role": "user", "content": "And now?"}, turn, {"role": "assistant", "content": "It is that."}]
+    assert to_sample({"messages": [*CHAT, *after]}, "f:1", "x") == to_sample({"messages": CHAT}, "f:1", "x")
+
+
+def test_turns_that_are_left_out_are_counted(tmp_path: Path) -> None:
+    chats = [[*CHAT, _CALL, {"role": "tool", "content": "3"}], CHAT[:2], [CHAT[0], _CALL]]
+    path = write_lines(tmp_path / "a.jsonl", ({"messages": chat} for chat in chats))
+    split = stage._Split(fusion(Dataset(str(path)), heldout_share=0.0, validation_share=0.0))
+    assert [len(s.messages) for _, s in split.samples()] == [4, 2]
+    assert split.left_out == {"turns without text, and after such": 2, "blank": 1, "seen before": 0}
+
+
+def test_parts_of_text_are_one_text() -> None:
+    parts = [{"type": "text", "text": "Two"}, {"text": "."}]
+    turns = [{"role": m["role"], "content": parts if m["content"] == "Two." else m["content"]} for m in CHAT]
+    assert to_sample({"messages": turns}, "f:1", "x") == to_sample({"messages": CHAT}, "f:1", "x")
+
+
 @pytest.mark.parametrize(
     ("row", "line"),
     [
         ({"txt": "a", "id": 1}, "f:9: has neither `text` nor `messages`; its keys are txt, id"),
         ({}, "f:9: has neither `text` nor `messages`; its keys are none"),
-        ({"text": None}, "f:9: has neither `text` nor `messages`; its keys are text"),
         ({"text": 5}, "f:9: has neither `text` nor `messages`; its keys are text"),
         ({"messages": 5}, "f:9: `messages` is not a list: '5'"),
         ({"messages": {"role": "user"}}, "f:9: `messages` is not a list: \"{'role': 'user'}\""),
         ({"messages": ["hello"]}, "f:9: a message is not {role, content}: 'hello'"),
         (
-            {"messages": [{"role": "user", "content": None}]},
-            "f:9: a message is not {role, content}: \"{'role': 'user', 'content': None}\"",
+            {"messages": [{"role": "user", "content": 5}]},
+            "f:9: a message is not {role, content}: \"{'role': 'user', 'content': 5}\"",
         ),
         ({"text": "ab\ud800"}, "f:9: is not valid Unicode (lone surrogate at character 2)"),
         (
