@@ -147,8 +147,8 @@ def _message(turn: object, where: str) -> Message | None:
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         calls = bool(turn.get("tool_calls") or turn.get("function_call"))
         if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-            texts = [part.get("text") if part.get("type", "text") == "text" else None for part in content]
-            content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
+            texts = [part["text"] for part in content if part.get("type", "text") == "text" and "text" in part]
+            content = "".join(map(str, texts)) if len(texts) == len(content) else None
         if isinstance(role, str) and (isinstance(content, str) or calls or {"content", "value"} & turn.keys()):
             if calls or content is None:
                 return None

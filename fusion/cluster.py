@@ -1,10 +1,10 @@
-"""Ranks: who am I, which share of the work is mine, and where all meet. `deepspeed` is imported here alone."""
+"""Ranks: who am I, which share of the work is mine, and where all meet. `deepspeed` is imported here and in spread."""
 
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +34,17 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def cores() -> int:
+    """This rank's share of its machine's cores, at least 1."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    local = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    return max(1, found // local)
+
+
+class Stranded(RuntimeError):
+    """What stops one rank in the middle of what all take part in: the others wait for it and cannot be told."""
+
+
 def start() -> None:
     """Join the process group (NCCL with GPUs, gloo without), also when this process is alone.
 
@@ -42,10 +53,7 @@ def start() -> None:
     """
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    local = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    threads = int(os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // local))))
-    torch.set_num_threads(threads)
+    torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", str(cores()))))
     if torch.distributed.is_initialized():
         return
     if "RANK" not in os.environ:
@@ -78,6 +86,32 @@ def stop() -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         with suppress(RuntimeError):  # a peer that is gone already must not turn a finished run into a failed one
             torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Within the process group.
+
+    A process in which something was raised, and which is not alone, is left in it: to leave waits for what the others
+    may be in the middle of, which wait for this one. It has to end by `end`.
+    """
+    start()
+    try:
+        yield
+    except BaseException:
+        if world() == 1:
+            stop()
+        raise
+    stop()
+
+
+def end(status: int) -> None:
+    """End this process; where it failed and is not alone at once, so that the launcher stops the others."""
+    if status == 0 or world() == 1:
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def device() -> Any:
@@ -171,62 +205,6 @@ def most(values: Sequence[int]) -> list[int]:
     return [int(v) for v in held]
 
 
-@contextmanager
-def partitioned(load: Callable[[], Any], dtype: str) -> Iterator[Any]:
-    """A model to read with whose weights lie spread over all ranks (ZeRO-3): each holds its part and asks for the rest.
-
-    Every rank must call the same modules in the same order. Weights are spread while they are loaded.
-    """
-    import deepspeed
-    from transformers.integrations import HfDeepSpeedConfig
-
-    settings = {
-        "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": 3},
-        "bf16": {"enabled": dtype == "bfloat16"},
-        "fp16": {"enabled": dtype == "float16"},
-    }
-    held = HfDeepSpeedConfig(settings)  # while it lives, transformers spreads what it loads
-    try:
-        engine, *_ = deepspeed.initialize(model=load(), config=settings)
-        yield engine.module.eval()
-        engine.destroy()
-    finally:
-        del held
-
-
-def make_universal(checkpoint: Path) -> None:
-    """Write beside a DeepSpeed checkpoint what any number of ranks can load. One rank calls it; done once, it is kept.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
-    from argparse import Namespace
-
-    from deepspeed.checkpoint import ds_to_universal
-
-    if (checkpoint / "latest_universal").exists():
-        return
-    tag = (checkpoint / "latest").read_text().strip()
-    asked = Namespace(
-        input_folder=str(checkpoint / tag),
-        output_folder=str(checkpoint / f"{tag}_universal"),
-        num_extract_workers=1,  # in this process: it is part of a group, and must not be forked
-        num_merge_workers=1,
-        keep_temp_folder=False,
-        strict=True,
-        inject_missing_state=True,  # transformers' models do not say how they were divided
-    )
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        try:
-            ds_to_universal.main(asked)
-        except (AssertionError, KeyError, RuntimeError, ValueError, OSError) as error:
-            why = " ".join(str(error).split())[:160]
-            raise ValueError(
-                f"{checkpoint}: cannot be divided anew ({why}); go on with as many ranks as before"
-            ) from None
-
-
 def broadcast(value: T) -> T:
     """Rank 0's value, on every rank."""
     if world() == 1:
@@ -277,6 +255,7 @@ def on_main(work: Callable[[], T]) -> T:
             outcome = (False, error)
     good, value = broadcast(outcome)
     if not good:
+        barrier()  # all have heard it before one ends
         raise value
     return value
 
@@ -290,5 +269,6 @@ def together(work: Callable[[], T]) -> list[T]:
     outcomes = gather(outcome)
     for good, value in outcomes:
         if not good:
+            barrier()
             raise value
     return [value for _, value in outcomes]

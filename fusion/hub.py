@@ -13,6 +13,7 @@ from fusion.config import Model
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?\Z")
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+_OTHER_LAYOUTS = ["consolidated*", "original/*"]  # the same weights once more
 _TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -44,9 +45,10 @@ def locate(model: Model, key: str, weights: bool = True) -> Path:
         raise ValueError(f"{key}: {model.model} has no config.json; give the folder of a Hugging Face model")
     if weights and not any(folder.glob("*.safetensors")):
         pickles = any(folder.glob("*.bin")) or any(folder.glob("*.pth"))
-        instead = (
-            "only pickled weights, which are not read; convert them with save_pretrained" if pickles else "no weights"
-        )
+        convert = "pickled weights, which are not read; convert them with save_pretrained"
+        instead = f"only {convert}" if pickles else "no weights"
+        if not Path(model.model).expanduser().is_dir():  # nothing else was downloaded
+            instead = f"no weights, or only {convert}"
         raise ValueError(f"{key}: {model.model} has {instead} (*.safetensors)")
     index = folder / "model.safetensors.index.json"
     try:
@@ -67,10 +69,22 @@ def _download(name: str, key: str, patterns: list[str]) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=_OTHER_LAYOUTS))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         why = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else " ".join(str(error).split())[:120]
         raise ValueError(f"{key}: {name} is no folder here and could not be had from the hub ({why})") from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors that are a model's weights, sorted: those of its index, else of the usual name, else all.
+
+    Others beside them are the same weights in another layout (`consolidated.safetensors`).
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+    alone = folder / "model.safetensors"
+    return [alone] if alone.is_file() else sorted(folder.glob("*.safetensors"))
 
 
 def fingerprint(folder: Path, memory: Path) -> dict[str, str]:
@@ -79,7 +93,7 @@ def fingerprint(folder: Path, memory: Path) -> dict[str, str]:
     Hashes are remembered in the JSON file `memory` by path, size and time of change: a large model is read once.
     """
     tokenizer = sorted(p for pattern in _TOKENIZER_FILES for p in folder.glob(pattern))
-    weights = [*sorted(folder.glob("*.safetensors")), folder / "config.json", *sorted(folder.glob("*.py"))]
+    weights = [*weight_files(folder), folder / "config.json", *sorted(folder.glob("*.py"))]
     return {"tokenizer": _hash_all(tokenizer, memory), "weights": _hash_all(weights, memory)}
 
 
@@ -152,7 +166,10 @@ def load_model(model: Model, folder: Path, dtype: str | None = None) -> Any:
             trust_remote_code=model.trust_remote_code,
             output_loading_info=True,
         )
-    except (ValueError, OSError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except Exception as error:
+        known = (ValueError, OSError, KeyError, ImportError, RuntimeError, SafetensorError)
+        if not model.trust_remote_code and not isinstance(error, known):
+            raise  # a bug of ours; a model's own code raises what it likes
         raise ValueError(
             f"{model.name}: {folder} does not load as a causal language model: {' '.join(str(error).split())[:200]}"
         ) from error
@@ -181,7 +198,7 @@ def count_parameters(folder: Path) -> int:
     from safetensors import SafetensorError, safe_open
 
     count = 0
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         try:
             with safe_open(path, "np") as file:
                 count += sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118

@@ -19,7 +19,7 @@ STAGES = {
     "prepare": ("data_prep.stage", 3),
     "capture": ("fusion.capture.stage", 3),
     "align": ("fusion.align.stage", 2),
-    "distill": ("fusion.distill.stage", 3),
+    "distill": ("fusion.distill.stage", 4),
     "merge": ("fusion.merge.stage", 6),
     "release": ("fusion.release.stage", 1),
 }
@@ -104,6 +104,7 @@ def run(
             _do(config, tasks[0], checked)
         config = cluster.on_main(lambda: _admitted(config, found, tasks[0].out, repair, checked))
         tasks = cluster.on_main(lambda: plan(config, find(config)))
+    tried = False
     left = [t for t in tasks if targets and t.out.stage == "distill" and t.out.subject not in targets]
     for task in tasks:
         if task in left:
@@ -113,6 +114,9 @@ def run(
                 cluster.on_main(partial(stage(task.out.stage).accept, config, task.out))
             tracking.say(f"[dim]{task.out.label:<20} done before[/dim]  {task.out.folder}")
         elif task.out.stage in wanted:
+            if task.out.stage == "capture" and not tried:
+                cluster.on_main(lambda: stage("capture").try_templates(config, found.folders, tasks[0].out.folder))
+                tried = True
             _do(config, task, checked)
             if hasattr(stage(task.out.stage), "accept"):
                 cluster.on_main(partial(stage(task.out.stage).accept, config, task.out))

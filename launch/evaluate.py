@@ -81,29 +81,29 @@ def _measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     known = tasks.manager(arguments.tasks) if arguments.tasks else None
     asked = (arguments.fewshot, arguments.limit, arguments.batch_size, arguments.chat)
     rows: list[dict[str, Any]] = []
-    cluster.start()
-    try:
-        for model, folder in zip(models, folders, strict=True):
-            with _tracker(arguments, model.model) as tracker:
-                row: dict[str, Any] = {"model": model.model, "settings": _settings(arguments)}
-                if samples:
-                    bits = bits_per_byte(model, folder, samples, arguments.batch_tokens)
-                    row |= {"bits_per_byte": bits, "mean": sum(bits.values()) / len(bits)}
-                    _write(arguments, [*rows, row])  # what was measured stays, whatever comes next
-                if known is not None:
-                    found = tasks.scores(known, arguments.tasks, model, folder, *asked)
-                    row["tasks"] = {
-                        task: {metric: {"value": value, "stderr": error} for metric, (value, error) in metrics.items()}
-                        for task, metrics in found.items()
-                    }
-                rows.append(row)
-                _write(arguments, rows)
-                tracker.log(_tracked(row))
-        _show(rows)
-    except KeyboardInterrupt:
-        tracking.say(f"interrupted after {len(rows)} of {len(models)} models")
-    finally:
-        cluster.stop()
+    with cluster.joined():
+        try:
+            for model, folder in zip(models, folders, strict=True):
+                with _tracker(arguments, model.model) as tracker:
+                    row: dict[str, Any] = {"model": model.model, "settings": _settings(arguments)}
+                    if samples:
+                        bits = bits_per_byte(model, folder, samples, arguments.batch_tokens)
+                        row |= {"bits_per_byte": bits, "mean": sum(bits.values()) / len(bits)}
+                        _write(arguments, [*rows, row])  # what was measured stays, whatever comes next
+                    if known is not None:
+                        found = tasks.scores(known, arguments.tasks, model, folder, *asked)
+                        row["tasks"] = {
+                            task: {
+                                metric: {"value": value, "stderr": error} for metric, (value, error) in metrics.items()
+                            }
+                            for task, metrics in found.items()
+                        }
+                    rows.append(row)
+                    _write(arguments, rows)
+                    tracker.log(_tracked(row))
+            _show(rows)
+        except KeyboardInterrupt:
+            tracking.say(f"interrupted after {len(rows)} of {len(models)} models")
     return rows if len(rows) == len(models) else []
 
 
@@ -199,4 +199,6 @@ def _score(told: dict[str, Any] | None) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from fusion import cluster
+
+    cluster.end(main())

@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,7 +30,7 @@ def main() -> int:
     locks: list[IO[str]] = []
     config = None
     try:
-        from fusion import config_file
+        from fusion import cluster, config_file
 
         config = config_file.load(arguments.config, arguments.set)
         if arguments.plan:
@@ -43,10 +44,14 @@ def main() -> int:
     except (ValueError, OSError) as error:
         return _fail(error)
     except Exception as error:
+        if isinstance(error, cluster.Stranded):
+            return _fail(error)
         # torch and safetensors say a full disk in errors of their own
         if config is None or not (_is_full(config.folder) or os.strerror(errno.ENOSPC) in str(error)):
             if os.environ.get("WORLD_SIZE", "1") != "1":
                 time.sleep(5)  # a rank that failed because another did must not be heard before that one
+                traceback.print_exc()
+                return 1
             raise
         return _fail(OSError(errno.ENOSPC, str(error), str(config.folder)))
     finally:
@@ -116,11 +121,8 @@ def _run(config: Any, arguments: argparse.Namespace) -> None:
     from fusion import cluster, pipeline
 
     _quieten()
-    cluster.start()
-    try:
+    with cluster.joined():
         pipeline.run(config, arguments.only, arguments.start, arguments.repair, arguments.target)
-    finally:
-        cluster.stop()
 
 
 def _lock(folder: Path, targets: list[str], held: list[IO[str]]) -> None:
@@ -165,4 +167,6 @@ def _fail(error: Exception) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from fusion import cluster
+
+    cluster.end(main())

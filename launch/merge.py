@@ -54,8 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--threads {chosen.threads}: give a number from 1")
         with ExitStack() as stack:
             if cluster.world() > 1 and not chosen.plan:
-                cluster.start()
-                stack.callback(cluster.stop)
+                stack.enter_context(cluster.joined())
             _run(chosen)
     except (ValueError, OSError) as error:
         if cluster.is_main():
@@ -69,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(chosen: argparse.Namespace) -> None:
     recipe = load_recipe(chosen.recipe)
-    planned = plan(recipe, threads=chosen.threads or _threads())
+    planned = plan(recipe, threads=chosen.threads or cluster.cores())
     if chosen.plan:
         check_new(Path(chosen.out).resolve())
     if chosen.report:
@@ -97,12 +96,6 @@ def _check_report(folder: Path) -> None:
     above = next((path for path in (folder, *folder.parents) if path.exists()), folder)
     if not above.is_dir():
         raise ValueError(f"--report {folder}: {above} is a file; give a new folder")
-
-
-def _threads() -> int:
-    """This rank's share of the machine's cores."""
-    local = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    return max(1, len(os.sched_getaffinity(0)) // local)
 
 
 def _device(wanted: str) -> str:

@@ -109,7 +109,9 @@ def test_a_vocabulary_size_that_only_transformers_knows(tmp_path: Path, byte_lev
     text = {**small, "num_key_value_heads": 1, "head_dim": 8, "query_pre_attn_scalar": 8}
     vision = {**small, "image_size": 28, "patch_size": 14}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=1))
+    model = AutoModelForCausalLM.from_config(
+        Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=1)
+    )
     pivot = tmp_path / "pivot"
     model.save_pretrained(pivot)
     byte_level_tokenizer.save_pretrained(pivot)

@@ -1,6 +1,7 @@
 """A capture that is killed goes on: at any moment, whoever of its processes it was, to the same bytes."""
 
 import errno
+import gc
 import os
 import random
 import signal
@@ -10,6 +11,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from fusion.capture import stage
 from fusion.capture.cache import Cache
 from fusion.config import Capture, Config, Dataset, Model, Prepare
 from fusion.corpus import Corpus, write_samples
+from fusion.measure import read
 
 KILLS, TEXTS = 20, 400
 
@@ -179,6 +182,24 @@ def test_weights_spread_over_ranks_say_the_same(
         a, b = one.get(id), other.get(id)
         assert a is not None and b is not None
         assert (a.ids == b.ids).all() and np.abs(a.logp - b.logp).max() < 5e-3
+
+
+def test_weights_spread_over_ranks_measure_the_same_and_are_let_go(tmp_path: Path, source: Path) -> None:
+    """Batches that do not come out even; nothing is left behind."""
+    asked = Model(str(source), "a", dtype="float32")
+    whole = read(asked, source, samples(5), 1)
+
+    def work() -> None:
+        warnings.simplefilter("ignore")
+        cluster.start()
+        found = read(replace(asked, parallel="zero3"), source, samples(5), 1)
+        np.save(tmp_path / f"{cluster.rank()}.npy", found.nats)
+        assert not [held for held in gc.get_objects() if type(held).__name__ == "DeepSpeedEngine"]
+        assert not [held for held in gc.get_objects() if isinstance(held, torch.Tensor) and hasattr(held, "ds_tensor")]
+
+    assert join(start(2, work, joins=True), patience=200) == [0, 0]
+    for rank in range(2):
+        np.testing.assert_allclose(np.load(tmp_path / f"{rank}.npy"), whole.nats, rtol=1e-4)
 
 
 def test_a_rank_that_cannot_go_on_stops_the_others(

@@ -1,6 +1,5 @@
 """A source that turns samples into what the cache keeps of them."""
 
-import gc
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fusion import cluster, hub
+from fusion import cluster, hub, spread
 from fusion.capture import sample as samplers
 from fusion.capture.coder import Said
 from fusion.capture.head import Halves
@@ -17,6 +16,7 @@ from fusion.capture.sample import Kept
 from fusion.config import Capture, Model
 from fusion.records import Heard, Rendered, Sample, Sparse
 from fusion.tokens.batch import by_length, pad
+from fusion.tokens.bytes import Kind
 from fusion.tokens.render import Renderer
 
 _BLOCK = {"cpu": 1 << 21, "cuda": 1 << 26}  # logits that exist at a time
@@ -48,6 +48,7 @@ class Reader:
         self.context = hub.context_of(folder)
         self._held = ExitStack()
         self._halves: Halves | None = None
+        self._rows = len(self.renderer.table)  # that the model embeds
         self.width = 0
 
     @property
@@ -68,27 +69,28 @@ class Reader:
         """
         if self.spread:
             dtype = cluster.precision(self.source.dtype)
-            loading = cluster.partitioned(lambda: hub.load_model(self.source, self.folder), dtype)
+            loading = spread.partitioned(lambda: hub.load_model(self.source, self.folder), dtype)
             model = self._held.enter_context(loading)
         else:
             model = hub.load_model(self.source, self.folder).to(cluster.device())
         table = model.get_input_embeddings().weight
         rows = getattr(table, "ds_shape", table.shape)[0]
-        if rows < len(self.renderer.table):
+        # control tokens beyond, which no text has, are a pair still: Gemma 3's image token, without an image part
+        wanted = np.isin(self.renderer.table.kinds, (Kind.TEXT, Kind.BYTE))
+        wanted[[i for i in (self.renderer.start_id, self.renderer.end_id) if i is not None]] = True
+        if wanted[rows:].any():
             raise ValueError(
                 f"{self.source.name}: its tokenizer has {len(self.renderer.table)} ids and its model {rows}; "
                 "they are not a pair"
             )
-        self._halves = Halves(model)
+        self._rows, self._halves = rows, Halves(model)
         self.width = self._halves.width
 
     def close(self) -> None:
         """Let go of the weights."""
         self._halves = None
         self._held.close()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        spread.forget()
 
     def batches(self, samples: Sequence[Sample], left_out: dict[int, str]) -> Iterator[Batch]:
         """The samples in batches of like length; those that are too long are written down in `left_out`.
@@ -99,6 +101,11 @@ class Reader:
         rendered = [self.renderer.render(sample) for sample in samples]
         fits = []
         for n, r in enumerate(rendered):
+            if len(r.ids) and (highest := int(r.ids.max())) >= self._rows:
+                raise ValueError(
+                    f"{self.source.name}: sample {samples[n].id} has id {highest} and the model {self._rows} ids; "
+                    "they are not a pair"
+                )
             if self.context is None or len(r.ids) <= self.context:
                 fits.append(n)
             elif self.settings.too_long == "skip":
@@ -124,10 +131,10 @@ class Reader:
         try:
             return self._read(batch)
         except torch.OutOfMemoryError as error:
-            raise ValueError(
-                f"{self.source.name}: the device has too little memory ({' '.join(str(error).split())[:80]}); lower "
-                "capture.batch_tokens, or set `parallel: zero3` for this source"
-            ) from None
+            why = f"{self.source.name}: the device has too little memory ({' '.join(str(error).split())[:80]}); lower "
+            if self.spread:
+                raise cluster.Stranded(f"{why}capture.batch_tokens") from None
+            raise ValueError(f"{why}capture.batch_tokens, or set `parallel: zero3` for this source") from None
 
     @torch.inference_mode()
     def _read(self, batch: Batch | None) -> tuple[list[Said], dict[str, str]]:

@@ -26,6 +26,7 @@ from fusion.capture.cache import (
     write_vocabulary,
 )
 from fusion.capture.calibrate import trial as trial  # for the plan, by way of the pipeline
+from fusion.capture.chats import try_templates as try_templates  # for the pipeline
 from fusion.capture.coder import Coder
 from fusion.capture.reader import NOT_FINITE, TOO_LONG, Batch, Reader
 from fusion.config import Config, Model

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fusion import cluster, tracking
+from fusion import cluster, spread, tracking
 from fusion.artifact import write_json
 from fusion.config import Distill
 from fusion.distill.arguments import deepspeed_of
@@ -87,7 +87,7 @@ def _find(work: Path, wanted: dict[str, Any]) -> tuple[str | None, bool, list[li
             "or remove that folder to begin this target again"
         )
     tracking.say(f"  {newest.name} of {made['ranks']} ranks is divided anew for {wanted['ranks']}")
-    cluster.make_universal(newest)
+    spread.make_universal(newest)
     return str(newest), True, sums
 
 

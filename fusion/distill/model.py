@@ -16,7 +16,7 @@ def shape_of(model: Any, vocabulary: int) -> Shape:
     """What the model's config says that becomes of its head's product.
 
     Args:
-        vocabulary: ids of its tokenizer; rows of the head beyond are padding.
+        vocabulary: ids of its tokenizer; rows of the head beyond are padding, and ids beyond these never occur.
     """
     config = model.config.get_text_config()
     scale = 1.0
@@ -25,7 +25,8 @@ def shape_of(model: Any, vocabulary: int) -> Shape:
     for name in _DIVISORS:
         scale /= float(getattr(config, name, None) or 1.0)
     cap = getattr(config, _CAP, None)
-    return Shape(scale, None if cap is None else float(cap), vocabulary)
+    rows = getattr(config, "vocab_size", None) or vocabulary
+    return Shape(scale, None if cap is None else float(cap), min(vocabulary, rows))
 
 
 def fuse_head(model: Any, objective: Objective, shape: Shape) -> None:
@@ -113,7 +114,11 @@ def can_pack(model: Any) -> bool:
     ids[1, :4] = ids[1, :4].flip(0)  # the second sample stands behind another one here
     places = torch.tensor([*range(4), *range(7)], device=ids.device).repeat(2, 1)
     try:
-        together = _body(model, ids, places).float()
+        if skips_unseen(model):  # it looks at the places where the batch is of one row alone
+            rows = [_body(model, ids[n : n + 1], places[n : n + 1]) for n in range(len(ids))]
+            together = torch.cat(rows).float()
+        else:
+            together = _body(model, ids, places).float()
     except (TypeError, ValueError):  # a body that takes no positions
         return False
     apart = torch.cat([_body(model, ids[:1, :4]), _body(model, ids[:1, 4:])], dim=1).float()

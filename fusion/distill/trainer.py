@@ -1,10 +1,9 @@
 """`transformers.Trainer` with the sparse loss in place of logits, under DeepSpeed or alone."""
 
-import gc
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from fusion import cluster, tracking
+from fusion import cluster, spread, tracking
 from fusion.config import Distill
 from fusion.distill.arguments import arguments, label_weight_at, objective_of, steps_of, workers_of
 from fusion.distill.batch import Collator
@@ -113,11 +112,10 @@ def release(trainer: "FusionTrainer") -> None:
         engine.destroy()
     trainer.accelerator.free_memory()
     del trainer.model, trainer.model_wrapped, engine
+    trainer.deepspeed = trainer.optimizer = trainer.lr_scheduler = None  # all of them refer to the engine
     unset_hf_deepspeed_config()
     AcceleratorState._reset_state()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    spread.forget()
 
 
 class FusionTrainer(Trainer):
@@ -143,6 +141,12 @@ class FusionTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> StepOrder:
         return StepOrder(len(self._dataset), self._settings.batch_size, self.args.seed)
+
+    def _prepare_input(self, data: Any) -> Any:
+        """On the device, in its own type: Trainer would round probabilities and weights to the model's bfloat16."""
+        if isinstance(data, Mapping):
+            return {name: self._prepare_input(held) for name, held in data.items()}
+        return data.to(self.args.device) if torch.is_tensor(data) else data
 
     # ------------------------------------------------------------ a step
 
@@ -205,7 +209,8 @@ class FusionTrainer(Trainer):
         model.eval()
         check_head(model, self._shape)
         asked = self._settings.packing
-        packs = asked != "none" and can_pack(model)
+        # attention that skips what is not seen does so in batches of one row alone
+        packs = asked != "none" and can_pack(model) and not (asked == "rows" and skips_unseen(model))
         model.train()
         if asked in ("rows", "flat") and not packs:
             raise ValueError(

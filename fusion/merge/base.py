@@ -5,7 +5,6 @@ layers that predict further tokens, the vision part of a model whose language pa
 """
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 from fusion import hub
@@ -45,7 +44,7 @@ def base_for(pivot: Model, folder: Path, target: Path, saved: Path) -> Path:
             model.checkpoint.close()
     draft = saved.with_name(f"{saved.name}.partial")
     shutil.rmtree(draft, ignore_errors=True)
-    hub.load_model(replace(pivot, dtype=dtype), folder).save_pretrained(draft)
+    hub.load_model(pivot, folder, dtype).save_pretrained(draft)
     made = (draft / "config.json").read_bytes()  # of the part that is trained; the hub's may tell of others
     copy_beside(folder, draft)
     (draft / "config.json").write_bytes(made)
@@ -60,4 +59,3 @@ def _most(model: correspond.Model) -> str:
         if view.dtype in sizes:
             sizes[view.dtype] += numel(view.shape)
     return max(sizes, key=lambda dtype: sizes[dtype])
-

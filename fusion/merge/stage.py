@@ -214,7 +214,9 @@ def _base(config: Config, pivot: Path, target: Path, out: Artifact) -> Path:
     saved.parent.mkdir(parents=True, exist_ok=True)
     found = base_for(config.pivot, pivot, target, saved)
     if found != pivot:
-        tracking.say("  the pivot's checkpoint has other tensors than its targets: it is merged as transformers writes it")
+        tracking.say(
+            "  the pivot's checkpoint has other tensors than its targets: it is merged as transformers writes it"
+        )
     return found
 
 
@@ -238,7 +240,7 @@ def _merged(
     whole = recipe(config, inputs)
     if weights:
         whole = replace(whole, parameters={**whole.parameters, "weights": list(weights)})
-    planned = plan(scaled(whole, scales))
+    planned = plan(scaled(whole, scales), threads=cluster.cores())
     with tracking.bar("merge, MB", planned.bytes_to_read // _MB) as bar:
         return merge(planned, folder, on_bytes=_Megabytes(bar))
 

@@ -215,7 +215,7 @@ def carry_over(layout: Layout, folder: Path) -> None:
     for job in layout.jobs:
         if np.issubdtype(STORAGE[job.dtype], np.floating) or job.dtype == "bfloat16":
             elements[job.dtype] = elements.get(job.dtype, 0) + numel(job.shape)
-    config = dict(layout.config)
+    config = {key: value for key, value in layout.config.items() if key != "auto_map"}  # its code is left behind
     if elements:
         config = _with_dtype(config, max(elements, key=lambda dtype: elements[dtype]))
     _write_json(folder / "config.json", config)
