@@ -114,9 +114,9 @@ def run(
                 cluster.on_main(partial(stage(task.out.stage).accept, config, task.out))
             tracking.say(f"[dim]{task.out.label:<20} done before[/dim]  {task.out.folder}")
         elif task.out.stage in wanted:
-            if task.out.stage == "capture" and not tried:
-                cluster.on_main(lambda: stage("capture").try_templates(config, found.folders, tasks[0].out.folder))
-                tried = True
+            if task.out.stage == "capture" and not tried and hasattr(stage("capture"), "try_templates"):
+                tried = True  # better now than at the last source
+                cluster.on_main(partial(stage("capture").try_templates, config, found.folders, tasks[0].out.folder))
             _do(config, task, checked)
             if hasattr(stage(task.out.stage), "accept"):
                 cluster.on_main(partial(stage(task.out.stage).accept, config, task.out))

@@ -305,6 +305,23 @@ def test_a_tokenizer_larger_than_its_model_is_refused(
     assert str(refused.value) == f"a: its tokenizer has {size} ids and its model {size - 1}; they are not a pair"
 
 
+def test_a_control_token_beyond_the_model_is_no_hindrance(
+    tmp_path: Path, prepared: Path, tiny_llama: Any, byte_level_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Gemma 3 of 1B has a token for images, and no row for it."""
+    size = len(byte_level_tokenizer)
+    source = tiny_llama(tmp_path / "m", byte_level_tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(source)
+    assert len(tokenizer) == size + 1
+    capture(tmp_path, source, prepared)
+    tokenizer.add_special_tokens({"eos_token": "<image>"})
+    tokenizer.save_pretrained(source)
+    with pytest.raises(ValueError, match=f"has {size + 1} ids and its model {size}; they are not a pair"):
+        capture(tmp_path / "again", source, prepared)
+
+
 def test_a_model_larger_than_its_tokenizer_is_read(
     tmp_path: Path, prepared: Path, tiny_llama: Any, byte_level_tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -153,6 +153,26 @@ def test_the_plan_needs_neither_models_nor_data(name: str, tmp_path: Path) -> No
     assert not (tmp_path / "run").exists()
 
 
+def test_a_template_that_cannot_show_a_chat_stops_before_any_capture(
+    tree: dict[str, Any], refused: Refused, tmp_path: Path
+) -> None:
+    turns = [{"role": "user", "content": "Tea?"}, {"role": "assistant", "content": "Yes."}]
+    chats = [*([{"messages": turns}] * 3), {"messages": [{"role": "system", "content": "Be kind."}, *turns]}]
+    (tmp_path / "strict.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{{ m.role ~ ': ' ~ m.content ~ eos_token }}{% endfor %}"
+    )
+    tree["prepare"]["data"][0]["data"] = str(tiny.write_lines(tmp_path / "chats.jsonl", chats))
+    tree["sources"][-1]["template"] = str(tmp_path / "strict.jinja")
+    last = len(tree["sources"]) - 1
+    line = refused(tree)
+    assert "the chat template given, on sample " in line and ": no system; " in line
+    assert line.endswith(
+        f"set sources.{last}.template to plain or a Jinja file that shows it, or leave such chats out of prepare.data"
+    )
+    assert not list((tmp_path / "run").glob("capture/*/*.parquet"))
+
+
 def test_a_mistake_is_status_2_and_one_line(tmp_path: Path, tree: dict[str, Any]) -> None:
     config = tiny.write_config(tmp_path / "config.yaml", {**tree, "wombat": 1})
     done = program("--config", str(config))

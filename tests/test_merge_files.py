@@ -227,7 +227,10 @@ def test_what_is_neither_weights_nor_code_is_carried_over(tmp_path: Path) -> Non
     (source / "additional_chat_templates" / "rag.jinja").write_text("x")
     out = tmp_path / "out"
     out.mkdir()
-    carry_over(_layout(str(source), ("w",), "bfloat16"), out)
+    layout = _layout(str(source), ("w",), "bfloat16")
+    layout.config["auto_map"] = {"AutoModelForCausalLM": "modeling_toy.Toy"}
+    carry_over(layout, out)
     found = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
     assert found == sorted([*kept, "config.json", "additional_chat_templates/rag.jinja"])
-    assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    written = json.loads((out / "config.json").read_text())
+    assert written["torch_dtype"] == "bfloat16" and "auto_map" not in written

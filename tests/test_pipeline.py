@@ -1,5 +1,6 @@
 """The plan: which work there is, in which order, and what a changed setting or file makes anew."""
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fusion import pipeline, survey
 from fusion.artifact import Artifact, read_manifest
-from fusion.config import Config
+from fusion.config import Config, Model
 
 TASKS = [
     "prepare",
@@ -457,6 +458,32 @@ def test_parameters_are_counted_from_headers(tmp_path: Path, models: dict[str, P
     (damaged / "model.safetensors").write_bytes(b"\xff" * 40)
     with pytest.raises(ValueError, match=f"^{damaged / 'model.safetensors'}: is damaged"):
         pipeline.hub.count_parameters(damaged)
+
+
+def test_weights_in_another_layout_beside_are_none(tmp_path: Path, models: dict[str, Path]) -> None:
+    folder = copied(tmp_path, models, "a")
+    memory = tmp_path / "memory.json"
+    before = (pipeline.hub.count_parameters(folder), pipeline.hub.fingerprint(folder, memory))
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+    assert (pipeline.hub.count_parameters(folder), pipeline.hub.fingerprint(folder, memory)) == before
+    shard = "model-00001-of-00001.safetensors"
+    (folder / "model.safetensors").rename(folder / shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard, "b": shard}}))
+    assert pipeline.hub.weight_files(folder) == [folder / shard]
+    assert pipeline.hub.count_parameters(folder) == before[0]
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_what_a_models_own_code_raises(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, trusted: bool) -> None:
+    """Of a version of transformers before, say."""
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise AttributeError("'list' object has no attribute 'keys'")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", broken)
+    model = Model(str(models["a"]), "a", trust_remote_code=trusted)
+    with pytest.raises(ValueError if trusted else AttributeError, match="object has no attribute 'keys'"):
+        pipeline.hub.load_model(model, models["a"])
 
 
 def test_a_target_asks_for_what_it_reads_alone(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from fusion.distill.checkpoint import LAYOUT
 from fusion.distill.divergence import Objective
 from fusion.distill.model import fuse_head, shape_of
+from fusion.distill.trainer import FusionTrainer
 from fusion.distill.validation import Validation
 from fusion.tokens.render import Renderer
 
@@ -257,3 +259,16 @@ def test_a_killed_rank_changes_nothing(tmp_path: Path, together: Path, pivot: Pa
     assert "checkpoint-6 of 2 ranks is divided anew for 1" in (moved / "log").read_text()
     assert curve(moved, "zero2") == pytest.approx(curve(together, "zero2"), rel=1e-5)
     assert far(weights(moved, "zero2"), weights(together, "zero2")) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["zero0", "zero2", "zero3", "low"])
+def test_a_target_leaves_nothing_in_memory(alone: Path, name: str) -> None:
+    assert told(alone, name)["engines"] == 0
+
+
+def test_a_batch_keeps_its_types() -> None:
+    trainer = object.__new__(FusionTrainer)
+    trainer.args = SimpleNamespace(device=torch.device("cpu"))  # type: ignore[assignment]
+    batch = {"weight": torch.ones(2), "ids": torch.ones(2, dtype=torch.int64), "tokens": 5}
+    found = trainer._prepare_input({"inputs": batch})["inputs"]
+    assert [found["weight"].dtype, found["ids"].dtype, found["tokens"]] == [torch.float32, torch.int64, 5]

@@ -7,6 +7,7 @@ it is written to FOLDER/NAME.json, the weights to FOLDER/NAME. The teachers are 
 random, the same each time.
 """
 
+import gc
 import json
 import math
 import os
@@ -98,8 +99,9 @@ def main(folder: Path, name: str, asked: dict[str, Any]) -> None:
     trainer.keep(folder / name)
     history = trainer.state.log_history
     release(trainer)
+    left = sum(type(held).__name__ == "DeepSpeedEngine" for held in gc.get_objects())  # that fill a device's memory
     if cluster.is_main():
-        (folder / f"{name}.json").write_text(json.dumps({"figures": figures, "history": history}))
+        (folder / f"{name}.json").write_text(json.dumps({"figures": figures, "history": history, "engines": left}))
     cluster.barrier()
 
 
