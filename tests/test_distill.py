@@ -1,6 +1,6 @@
 """What a target is taught: caches read through maps, the mean of several, labels alone; and the records in between."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from scipy.sparse import csr_array
 from sources import CONTENTS, SAMPLES, TEXTS, Rows, entries, held, invented, plain, row_of, said_by_hand, same, taught
 from transformers import AutoModelForCausalLM
 
+from fusion import cluster
 from fusion.align import vocabulary
 from fusion.align.follow import Follower
 from fusion.capture.sample import top_k
@@ -18,6 +19,7 @@ from fusion.distill.batch import Collator
 from fusion.distill.dataset import FusionDataset, Teacher
 from fusion.distill.gate import Gating, choose
 from fusion.distill.loss import Targets, sparse_cross_entropy
+from fusion.distill.rendering import render_all
 from fusion.records import Carries, Heard, Message, Sample, Sparse
 from fusion.tokens.render import Renderer
 
@@ -243,3 +245,25 @@ def test_bits_per_byte() -> None:
     assert heard([1, 1, 2], [-2 * ln2, -4 * ln2, -100.0], 3).bits_per_byte() == pytest.approx(2)  # the end is no byte
     assert heard([2], [-1.0], 0).bits_per_byte() == float("inf")
     assert heard([1], [0.0], 5).bits_per_byte() == 0
+
+
+@pytest.mark.parametrize("count", [len(SAMPLES), 2, 0])
+def test_ranks_render_together(level: Renderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Each its share, of which some have none."""
+    here = [0]
+
+    def together(work: Callable[[], None]) -> None:
+        for here[0] in range(3):
+            work()
+
+    monkeypatch.setattr(cluster, "world", lambda: 3)
+    monkeypatch.setattr(cluster, "rank", lambda: here[0])
+    monkeypatch.setattr(cluster, "together", together)
+    found = render_all(SAMPLES[:count], level, tmp_path)
+    assert len(found) == count
+    for sample, rendered in zip(SAMPLES, found, strict=False):
+        whole = level.render(sample)
+        for name in ("ids", "boundary", "carries"):
+            assert getattr(rendered, name).dtype == getattr(whole, name).dtype
+            np.testing.assert_array_equal(getattr(rendered, name), getattr(whole, name))
+        assert (rendered.content_bytes, rendered.lossy) == (whole.content_bytes, whole.lossy)

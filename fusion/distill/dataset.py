@@ -66,6 +66,7 @@ class FusionDataset(Dataset):
     Args:
         samples: what to learn from; those longer than `context` are left out or refused, never cut.
         teachers: may be empty: labels alone.
+        rendered: what `renderer` makes of each sample, if that is known.
         k: entries a position keeps.
 
     Raises:
@@ -81,24 +82,25 @@ class FusionDataset(Dataset):
         k: int,
         context: int | None = None,
         too_long: Literal["refuse", "skip"] = "refuse",
+        rendered: Sequence[Rendered] | None = None,
     ):
         self.renderer, self.teachers, self.gating, self.k = renderer, list(teachers), gating, k
         self._built: dict[int, Example] = {}
         self._room = _MEMORY
         self.samples: list[Sample] = []
         self.rendered: list[Rendered] = []
-        for sample in samples:
-            rendered = renderer.render(sample)
-            if context is not None and len(rendered.ids) > context:
+        known = rendered or map(renderer.render, samples)
+        for sample, shown in zip(samples, known, strict=True):
+            if context is not None and len(shown.ids) > context:
                 if too_long == "skip":
                     continue
                 raise ValueError(
-                    f"{renderer.name}: sample {sample.id} has {len(rendered.ids)} tokens and the context is {context}; "
+                    f"{renderer.name}: sample {sample.id} has {len(shown.ids)} tokens and the context is {context}; "
                     "lower prepare.max_bytes or set distill.too_long: skip"
                 )
-            if rendered.carries.any():
+            if shown.carries.any():
                 self.samples.append(sample)
-                self.rendered.append(rendered)
+                self.rendered.append(shown)
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -15,6 +15,7 @@ from fusion.corpus import Corpus
 from fusion.distill.dataset import FusionDataset, Teacher
 from fusion.distill.gate import Gating
 from fusion.distill.lora import merge_lora
+from fusion.distill.rendering import render_all
 from fusion.tokens.render import Renderer
 from fusion.tracking import Tracker
 
@@ -66,7 +67,8 @@ def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, 
         settings.gate_unit,
     )
     train = list(Corpus(inputs["prepare"], "train"))
-    dataset = FusionDataset(train, renderer, teachers, gating, settings.k, context, settings.too_long)
+    rendered = render_all(train, renderer, out.folder / "work/rendered")
+    dataset = FusionDataset(train, renderer, teachers, gating, settings.k, context, settings.too_long, rendered)
     budget = settings.per_rank * max(dataset.lengths(), default=1)
     measured = Corpus(inputs["prepare"], "validation") if settings.evaluations else ()
     validation = Validation(measured, renderer, context, budget)
