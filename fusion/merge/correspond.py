@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -176,8 +176,20 @@ def vocabulary_rows(config: Mapping[str, Any]) -> int | None:
     """Rows of the embedding as the configuration, or its part for the language model, states them."""
     if "vocab_size" in config:
         return config["vocab_size"]
-    parts = [part["vocab_size"] for part in config.values() if isinstance(part, dict) and "vocab_size" in part]
-    return parts[0] if parts else None
+    parts = [part for part in config.values() if isinstance(part, dict)]
+    stated = [part["vocab_size"] for part in parts if "vocab_size" in part]
+    if stated:
+        return stated[0]
+    kinds = [part.get("model_type") for part in (config.get("text_config") or {}, config)]
+    return next((rows for kind in kinds if kind and (rows := _rows_by_default(kind)) is not None), None)
+
+
+@cache
+def _rows_by_default(model_type: str) -> int | None:
+    """What transformers takes where a configuration leaves it out, as Gemma 3's does."""
+    from transformers import CONFIG_MAPPING  # takes seconds, and few need it
+
+    return getattr(CONFIG_MAPPING[model_type](), "vocab_size", None) if model_type in CONFIG_MAPPING else None
 
 
 def _same(one: View, other: View) -> bool:
