@@ -112,7 +112,9 @@ def release(trainer: "FusionTrainer") -> None:
         engine.destroy()
     trainer.accelerator.free_memory()
     del trainer.model, trainer.model_wrapped, engine
-    trainer.deepspeed = trainer.optimizer = trainer.lr_scheduler = None  # all of them refer to the engine
+    handler: Any = trainer.callback_handler
+    handler.model = handler.optimizer = handler.lr_scheduler = None
+    trainer.deepspeed = trainer.optimizer = trainer.lr_scheduler = None  # all of these refer to the engine
     unset_hf_deepspeed_config()
     AcceleratorState._reset_state()
     spread.forget()
