@@ -13,6 +13,8 @@ from fusion.config import Dataset
 from fusion.records import Message, Sample, sample_id
 
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
+_CALLS = ("function_call", "tool_call")  # whose turn is one
+_TEXTS = ("text", "input_text", "output_text")  # parts of a content
 BEGUN = (".jsonl", ".json", ".parquet")  # files whose beginning can be read alone
 
 
@@ -145,10 +147,11 @@ def _message(turn: object, where: str) -> Message | None:
     """A turn; None for one that is not told in text."""
     if isinstance(turn, dict):
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        calls = bool(turn.get("tool_calls") or turn.get("function_call"))
+        calls = bool(turn.get("tool_calls") or turn.get("function_call") or role in _CALLS)
         if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-            texts = [part["text"] for part in content if part.get("type", "text") == "text" and "text" in part]
-            content = "".join(map(str, texts)) if len(texts) == len(content) else None
+            told = [part for part in content if (part.get("type") or "text") in _TEXTS]
+            texts = [part["text"] for part in told if isinstance(part.get("text"), str)]
+            content = "".join(texts) if len(texts) == len(content) else None
         if isinstance(role, str) and (isinstance(content, str) or calls or {"content", "value"} & turn.keys()):
             if calls or content is None:
                 return None

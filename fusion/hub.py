@@ -76,15 +76,20 @@ def _download(name: str, key: str, patterns: list[str]) -> Path:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors that are a model's weights, sorted: those of its index, else of the usual name, else all.
+    """The safetensors here that are a model's weights: that of the usual name, else those of its index, else all.
 
-    Others beside them are the same weights in another layout (`consolidated.safetensors`).
+    Sorted; so they are read, too. Others beside them are the same weights in another layout (`consolidated.safetensors`).
     """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-    alone = folder / "model.safetensors"
-    return [alone] if alone.is_file() else sorted(folder.glob("*.safetensors"))
+    alone, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if alone.is_file():
+        return [alone]
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    try:
+        named = set(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError, TypeError):  # refused by `locate` where the weights are needed
+        return []
+    return sorted(folder / name for name in named if (folder / name).is_file())
 
 
 def fingerprint(folder: Path, memory: Path) -> dict[str, str]:

@@ -45,9 +45,9 @@ def forget() -> None:
     from deepspeed.runtime.zero import parameter_offload
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
-    parameter_offload.FWD_MODULE_STACK.clear()
-    wrapper = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
-    for cell in wrapper.__closure__ or ():  # it is cached beneath what marks it for the profiler
+    getattr(parameter_offload, "FWD_MODULE_STACK", []).clear()
+    wrapper = vars(PartitionedParameterCoordinator).get("_PartitionedParameterCoordinator__params_to_release")
+    for cell in getattr(wrapper, "__closure__", None) or ():  # it is cached beneath what marks it for the profiler
         if hasattr(cell.cell_contents, "cache_clear"):
             cell.cell_contents.cache_clear()
     gc.collect()

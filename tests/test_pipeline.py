@@ -466,11 +466,16 @@ def test_weights_in_another_layout_beside_are_none(tmp_path: Path, models: dict[
     before = (pipeline.hub.count_parameters(folder), pipeline.hub.fingerprint(folder, memory))
     shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
     assert (pipeline.hub.count_parameters(folder), pipeline.hub.fingerprint(folder, memory)) == before
-    shard = "model-00001-of-00001.safetensors"
+    shard, index = "model-00001-of-00001.safetensors", folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": shard, "b": shard}}))
+    assert pipeline.hub.weight_files(folder) == [folder / "model.safetensors"]  # that is what is loaded
     (folder / "model.safetensors").rename(folder / shard)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard, "b": shard}}))
     assert pipeline.hub.weight_files(folder) == [folder / shard]
     assert pipeline.hub.count_parameters(folder) == before[0]
+    (folder / shard).unlink()  # of a source whose cache is given
+    for text in (index.read_text(), "{}", "no JSON"):
+        index.write_text(text)
+        assert pipeline.hub.weight_files(folder) == [] and pipeline.hub.fingerprint(folder, memory)["weights"]
 
 
 @pytest.mark.parametrize("trusted", [False, True])

@@ -101,7 +101,9 @@ _CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name"
         {**_CALL, "content": "Let me see."},
         {"role": "assistant", "function_call": {"name": "f"}},
         {"role": "assistant", "content": ""},
+        {"from": "function_call", "value": "{}"},
         {"role": "user", "content": None},
+        {"role": "user", "content": [{"type": "text", "text": None}]},
         {"role": "user", "content": [{"type": "text", "text": "and this?"}, {"type": "image"}]},
     ],
 )
@@ -119,7 +121,12 @@ def test_turns_that_are_left_out_are_counted(tmp_path: Path) -> None:
 
 
 def test_parts_of_text_are_one_text() -> None:
-    parts = [{"type": "text", "text": "Two"}, {"text": "."}]
+    parts = [
+        {"type": "text", "text": "T"},
+        {"type": "output_text", "text": "w"},
+        {"type": None, "text": "o"},
+        {"text": "."},
+    ]
     turns = [{"role": m["role"], "content": parts if m["content"] == "Two." else m["content"]} for m in CHAT]
     assert to_sample({"messages": turns}, "f:1", "x") == to_sample({"messages": CHAT}, "f:1", "x")
 

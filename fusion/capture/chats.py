@@ -10,13 +10,12 @@ from fusion.corpus import Corpus
 from fusion.records import Sample
 from fusion.tokens.render import Renderer
 
-_PARTS = ("train", "validation", "heldout")
 _GROUPS = 64  # of a part that are looked through; samples stand in the order of their hashes
 _FIRST, _ORDERS = 64, 256  # chats of a part that are tried whatever they are, and orders of roles
 
 
 def try_templates(config: Config, folders: Mapping[str, Path], prepared: Path) -> None:
-    """Render some chats of each part by the pivot and every source: one of each order of roles, and the first ones.
+    """Render chats by all that will read them: one of each order of roles, and the first ones of each part.
 
     Args:
         folders: the models', by name.
@@ -25,13 +24,14 @@ def try_templates(config: Config, folders: Mapping[str, Path], prepared: Path) -
     Raises:
         ValueError: a template refuses a chat, or changes what is said in it.
     """
-    chats = [sample for part in _PARTS for sample in _some(Corpus(prepared, part))]
-    if not chats:
-        return
+    chats = {part: _some(Corpus(prepared, part)) for part in ("train", "validation", "heldout")}
     keys = {model.name: f"sources.{n}.template" for n, model in enumerate(config.sources)}
-    for model in (config.pivot, *config.sources):
+    for model in (config.pivot, *(source for source in config.sources if source.cache is None)):
+        reads = [sample for part in chats if model is config.pivot or part != "validation" for sample in chats[part]]
+        if not reads:
+            continue
         renderer = Renderer(hub.load_tokenizer(model, folders[model.name]), model.name, hub.template_of(model))
-        for sample in chats:
+        for sample in reads:
             try:
                 renderer.render(sample)
             except ValueError as error:

@@ -70,7 +70,10 @@ class Reader:
         if self.spread:
             dtype = cluster.precision(self.source.dtype)
             loading = spread.partitioned(lambda: hub.load_model(self.source, self.folder), dtype)
-            model = self._held.enter_context(loading)
+            try:
+                model = self._held.enter_context(loading)
+            except (ValueError, OSError, RuntimeError) as error:  # of this rank, perhaps, while others load
+                raise cluster.Stranded(str(error)) from error
         else:
             model = hub.load_model(self.source, self.folder).to(cluster.device())
         table = model.get_input_embeddings().weight

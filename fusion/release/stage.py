@@ -124,12 +124,14 @@ def _continue(config: Config, folder: Path) -> tuple[tuple[str, str], ...]:
     import torch
 
     model = made_of(config.pivot, folder, "fused")
-    tokenizer, loaded = hub.load_tokenizer(model, folder), hub.load_model(model, folder).to(cluster.device())
+    # one rank writes: where the weights need all of them, on the CPU
+    device = torch.device("cpu") if model.parallel == "zero3" else cluster.device()
+    tokenizer, loaded = hub.load_tokenizer(model, folder), hub.load_model(model, folder).to(device)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     written = []
     for prompt in config.release.prompts:
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        ids = torch.tensor([ids if start is None else [start, *ids]], device=cluster.device())
+        ids = torch.tensor([ids if start is None else [start, *ids]], device=device)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         output = loaded.generate(
             ids,
