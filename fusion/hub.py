@@ -78,7 +78,7 @@ def _download(name: str, key: str, patterns: list[str]) -> Path:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors here that are a model's weights: that of the usual name, else those of its index, else all.
 
-    Sorted; so they are read, too. Others beside them are the same weights in another layout (`consolidated.safetensors`).
+    Sorted. So they are read, too; others beside them are the same in another layout (`consolidated.safetensors`).
     """
     alone, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if alone.is_file():
