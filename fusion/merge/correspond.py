@@ -180,13 +180,13 @@ def vocabulary_rows(config: Mapping[str, Any]) -> int | None:
     stated = [part["vocab_size"] for part in parts if "vocab_size" in part]
     if stated:
         return stated[0]
-    kinds = [part.get("model_type") for part in (config.get("text_config") or {}, config)]
-    return next((rows for kind in kinds if kind and (rows := _rows_by_default(kind)) is not None), None)
+    kind = (config.get("text_config") or {}).get("model_type")
+    return _rows_by_default(kind) if kind else None
 
 
 @cache
 def _rows_by_default(model_type: str) -> int | None:
-    """What transformers takes where a configuration leaves it out, as Gemma 3's does."""
+    """What transformers takes where a wrapper's configuration leaves it out, as Gemma 3's does."""
     from transformers import CONFIG_MAPPING  # takes seconds, and few need it
 
     return getattr(CONFIG_MAPPING[model_type](), "vocab_size", None) if model_type in CONFIG_MAPPING else None
