@@ -1,8 +1,7 @@
 """Bits per byte: the one figure that models of different tokenizers share."""
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -112,13 +111,13 @@ def read(model: Model, folder: Path, samples: Iterable[Sample], batch_tokens: in
     cuts = [(n, w) for n, (domain, r) in enumerate(rendered) for w in windows(domain, r, context)]
     every = list(by_length(cuts, [len(w.ids) for _, w in cuts], batch_tokens))
     batches, nats = cluster.share(every), np.zeros(len(rendered))
-    with _loaded(model, folder) as loaded:
+    with spread.loaded(model, folder) as loaded:
         for batch in tracking.progress(batches, f"measure {model.name}", len(batches)):
             np.add.at(nats, [n for n, _ in batch], _score(loaded, [w for _, w in batch]))
-        if _spread(model) and len(batches) * cluster.world() < len(every):  # the others have one more
+        if spread.over_ranks(model) and len(batches) * cluster.world() < len(every):  # the others have one more
             _score(loaded, [w for _, w in every[0]])
     del loaded
-    if _spread(model):
+    if spread.over_ranks(model):
         spread.forget()
     return Reading(
         tuple(domain for domain, _ in rendered),
@@ -130,21 +129,6 @@ def read(model: Model, folder: Path, samples: Iterable[Sample], batch_tokens: in
 def bits_per_byte(model: Model, folder: Path, samples: Iterable[Sample], batch_tokens: int) -> dict[str, float]:
     """Domain → bits per byte; see `read`."""
     return read(model, folder, samples, batch_tokens).bits()
-
-
-def _spread(model: Model) -> bool:
-    """Whether its weights lie spread over all ranks, which then read in step."""
-    return model.parallel == "zero3" and cluster.world() > 1
-
-
-@contextmanager
-def _loaded(model: Model, folder: Path) -> Iterator[Any]:
-    """The model with its weights on this rank's device, or spread over those of all."""
-    if not _spread(model):
-        yield hub.load_model(model, folder).to(cluster.device())
-        return
-    with spread.partitioned(lambda: hub.load_model(model, folder), cluster.precision(model.dtype)) as made:
-        yield made
 
 
 @torch.inference_mode()

@@ -3,9 +3,37 @@
 import gc
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+
+from fusion import cluster, hub
+from fusion.config import Model
+
+
+def over_ranks(model: Model) -> bool:
+    """Whether its weights lie spread over all ranks, which then have to read in step."""
+    return model.parallel == "zero3" and cluster.world() > 1
+
+
+@contextmanager
+def loaded(model: Model, folder: Path) -> Iterator[Any]:
+    """The model with its weights on this rank's device, or spread over those of all.
+
+    Raises:
+        ValueError: it does not load.
+        cluster.Stranded: the same, where the others may be loading still.
+    """
+    if not over_ranks(model):
+        yield hub.load_model(model, folder).to(cluster.device())
+        return
+    with ExitStack() as stack:
+        try:
+            loading = partitioned(lambda: hub.load_model(model, folder), cluster.precision(model.dtype))
+            made = stack.enter_context(loading)
+        except (ValueError, OSError, RuntimeError) as error:
+            raise cluster.Stranded(str(error)) from error
+        yield made
 
 
 @contextmanager

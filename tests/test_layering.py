@@ -25,7 +25,7 @@ MAY_KNOW = {
     "fusion.records": [],
     "fusion.compiled": [],
     "fusion.cluster": [],
-    "fusion.spread": [],
+    "fusion.spread": [f"fusion.{name}" for name in ("config", "cluster", "hub")],
     "fusion.artifact": ["fusion", "fusion.records"],
     "fusion.config": ["fusion.records"],
     "fusion.config_file": ["fusion.config"],

@@ -54,7 +54,7 @@ class Reader:
     @property
     def spread(self) -> bool:
         """True where all ranks hold the weights together, and so must read in step."""
-        return self.source.parallel == "zero3" and cluster.world() > 1
+        return spread.over_ranks(self.source)
 
     @property
     def temperature(self) -> float:
@@ -67,15 +67,7 @@ class Reader:
         Raises:
             ValueError: they do not load, or are not this tokenizer's.
         """
-        if self.spread:
-            dtype = cluster.precision(self.source.dtype)
-            loading = spread.partitioned(lambda: hub.load_model(self.source, self.folder), dtype)
-            try:
-                model = self._held.enter_context(loading)
-            except (ValueError, OSError, RuntimeError) as error:  # of this rank, perhaps, while others load
-                raise cluster.Stranded(str(error)) from error
-        else:
-            model = hub.load_model(self.source, self.folder).to(cluster.device())
+        model = self._held.enter_context(spread.loaded(self.source, self.folder))
         table = model.get_input_embeddings().weight
         rows = getattr(table, "ds_shape", table.shape)[0]
         # control tokens beyond, which no text has, are a pair still: Gemma 3's image token, without an image part
