@@ -8,6 +8,7 @@ with Llama 2's tokenizer first, under --work; that is done once.
 """
 
 import argparse
+import itertools
 import json
 import tempfile
 import time
@@ -33,6 +34,7 @@ from fusion.distill.gate import Gating
 from fusion.distill.loss import Shape
 from fusion.distill.model import fuse_head, shape_of
 from fusion.distill.stage import teacher
+from fusion.distill.texts import Texts
 from fusion.distill.trainer import train
 from fusion.distill.validation import Validation
 from fusion.tokens.render import Renderer
@@ -79,7 +81,7 @@ def steps(given: argparse.Namespace, ways: Sequence[str]) -> list[dict[str, Any]
     dataset, folder = material(given)
     dtype = torch.bfloat16 if given.device == "cuda" else torch.float32
     runs = {way: _Run(way, folder, dataset, given.device, dtype) for way in ways}
-    order = np.random.default_rng(0).permutation(len(dataset.samples))
+    order = np.random.default_rng(0).permutation(len(dataset))
     rounds = [order[n * given.batch : (n + 1) * given.batch] for n in range(given.rounds + 1)]
     taken: dict[str, list[tuple[float, int]]] = {way: [] for way in ways}
     for number, chosen in enumerate(rounds):
@@ -103,7 +105,7 @@ def steps(given: argparse.Namespace, ways: Sequence[str]) -> list[dict[str, Any]
             }
         )
     count = sum(p.numel() for p in next(iter(runs.values())).model.parameters())
-    lengths = [len(dataset.rendered[int(n)].ids) for chosen in rounds[1:] for n in chosen]
+    lengths = [len(dataset.rendered(int(n)).ids) for chosen in rounds[1:] for n in chosen]
     common.show(
         f"a step of {given.batch} samples of {np.mean(lengths):.0f} tokens, {count / 1e6:.0f} million weights, "
         f"{len(dataset.renderer.table):,} ids, {len(dataset.teachers)} sources, {given.device}",
@@ -127,8 +129,7 @@ def steps(given: argparse.Namespace, ways: Sequence[str]) -> list[dict[str, Any]
 def waiting(given: argparse.Namespace) -> dict[str, float]:
     """The share of the steps' time in which the trainer waited for batches that workers build from caches and maps."""
     cluster.start()
-    dataset, folder = material(given)
-    dataset.samples, dataset.rendered = dataset.samples[: 40 * given.batch], dataset.rendered[: 40 * given.batch]
+    dataset, folder = material(given, 40 * given.batch)
     dtype = torch.bfloat16 if given.device == "cuda" else torch.float32
     told = Distill(
         batch_size=given.batch,
@@ -179,7 +180,7 @@ class _Run:
 
     def step(self, chosen: list[int]) -> tuple[float, int]:
         """Train on some samples: seconds, and tokens without padding."""
-        tokens = sum(len(self._dataset.rendered[n].ids) for n in chosen)
+        tokens = sum(len(self._dataset.rendered(n).ids) for n in chosen)
         self._dataset._built.clear()
         self._dataset.share_memory(1)
         prepared = self._entries(chosen) if self._way == "dense" else None
@@ -204,7 +205,7 @@ class _Run:
             told = {k: v.to(self._device) for k, v in batch.items() if k not in ("teacher", "sample", "tokens")}
             total, _, _ = self.model(**told, label_weight=share.to(self._device))
             return total / count  # type: ignore[no-any-return]
-        rendered = [self._dataset.rendered[n] for n in chosen]
+        rendered = [self._dataset.rendered(n) for n in chosen]
         longest = max(len(r.ids) for r in rendered)
         ids = torch.zeros((len(chosen), longest), dtype=torch.long)
         mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
@@ -249,8 +250,12 @@ class _Run:
         return alone
 
 
-def material(given: argparse.Namespace) -> tuple[FusionDataset, Path]:
-    """A target's dataset with three cached sources, and a model of its vocabulary with weights drawn at random."""
+def material(given: argparse.Namespace, limit: int | None = None) -> tuple[FusionDataset, Path]:
+    """A target's dataset with three cached sources, and a model of its vocabulary with weights drawn at random.
+
+    Args:
+        limit: samples, None for all.
+    """
     settings = dict(MODELS[given.device])
     if given.layers:
         settings["num_hidden_layers"] = given.layers
@@ -294,8 +299,8 @@ def material(given: argparse.Namespace) -> tuple[FusionDataset, Path]:
         for name in task.inputs
         if name.startswith("cache/")
     ]
-    samples = list(Corpus(task.inputs["prepare"], "train"))
-    return FusionDataset(samples, renderer, teachers, Gating("min_ce"), config.distill.k, 2048), folder
+    texts = Texts.of(itertools.islice(Corpus(task.inputs["prepare"], "train"), limit), renderer)
+    return FusionDataset(texts, teachers, Gating("min_ce"), config.distill.k, 2048), folder
 
 
 if __name__ == "__main__":

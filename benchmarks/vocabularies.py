@@ -58,7 +58,7 @@ def main() -> None:
     corpus, size = [], 0
     for sample in samples_of(given.text or TEXTS[1:]):
         corpus.append(sample)
-        size += sum(len(segment.encode()) for segment in sample.segments())
+        size += sum(sample.sizes())
         if size >= MEGABYTES * 1e6:
             break
     nearest(["a"], ["b"])  # compiled once, read from a cache after that

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.samples import BEGUN, beginning, cut, fraction, matches, read_rows, to_sample, turns_of, unique
+from data_prep.sorting import Sorted
 from fusion import cluster, tracking
 from fusion.artifact import Artifact
 from fusion.config import Config, Dataset
-from fusion.corpus import write_samples
 from fusion.records import Sample
 
 PARTS = ("train", "validation", "heldout")
@@ -203,22 +203,22 @@ def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, 
 
 def _write(config: Config, out: Artifact) -> dict[str, Any]:
     split = _Split(config)
-    by_part: dict[str, list[Sample]] = {part: [] for part in PARTS}
+    # in the order of their hashes: groups are mixtures of all domains, on every machine the same
+    parts = {part: Sorted(out.folder / "work" / part) for part in PARTS}
     for part, sample in split.samples():
-        by_part[part].append(sample)
-    by_part["validation"] += split.lent()
-    evaluated = {sample.id for sample in by_part["validation"]}
-    by_part["train"] = [sample for sample in by_part["train"] if sample.id not in evaluated]
+        parts[part].add(sample)
+    for sample in split.lent():
+        parts["train"].drop(sample)
+        parts["validation"].add(sample)
     for part, what in _NEEDED.items():
-        if not by_part[part]:
+        if not len(parts[part]):
             raise ValueError(f"prepare: no sample is left to {what}")
-    for part, samples in by_part.items():
-        # in the order of their hashes: groups are mixtures of all domains, on every machine the same
-        write_samples(out.folder / f"{part}.parquet", sorted(samples, key=lambda s: s.id))
-    sizes = {p: _bytes(by_part[p]) for p in PARTS}
+    sizes = {part: samples.bytes for part, samples in parts.items()}
+    for part, samples in parts.items():
+        samples.write(out.folder / f"{part}.parquet")
     counts = {**dict.fromkeys(PARTS, 0), **split.counts}
     return {"samples": counts, "left out": {k: n for k, n in split.left_out.items() if n}, "bytes": sizes}
 
 
 def _bytes(samples: Iterable[Sample]) -> int:
-    return sum(len(segment.encode()) for sample in samples for segment in sample.segments())
+    return sum(size for sample in samples for size in sample.sizes())

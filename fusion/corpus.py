@@ -1,7 +1,8 @@
 """Samples on disk: parquet, read group by group, so that no stage holds the corpus."""
 
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fusion.artifact import atomic
@@ -10,8 +11,12 @@ from fusion.records import Sample
 _LARGEST_GROUP = 256  # samples a rank claims at a time
 
 
-def write_samples(path: Path, samples: Sequence[Sample], size: int | None = None) -> None:
-    """Write samples in row groups of `size`, else of 256, or less where that gives fewer than some 32 groups."""
+def write_samples(path: Path, samples: Iterable[Sample], count: int | None = None) -> None:
+    """Write samples in row groups of 256, or less where that gives fewer than some 32 groups.
+
+    Args:
+        count: how many they are, where they are no sequence.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -24,11 +29,14 @@ def write_samples(path: Path, samples: Sequence[Sample], size: int | None = None
             ("messages", pa.string()),
         ]
     )
-    size = size or max(8, min(_LARGEST_GROUP, len(samples) // 32))
+    if count is None:
+        samples = list(samples)
+        count = len(samples)
+    size = max(8, min(_LARGEST_GROUP, count // 32))
+    rows = (_to_row(sample) for sample in samples)
     with atomic(path) as part, pq.ParquetWriter(part, schema, compression="zstd") as writer:
-        for start in range(0, len(samples), size):
-            rows = [_to_row(sample) for sample in samples[start : start + size]]
-            writer.write_table(pa.Table.from_pylist(rows, schema))
+        while group := list(itertools.islice(rows, size)):
+            writer.write_table(pa.Table.from_pylist(group, schema))
 
 
 class Corpus:
@@ -58,6 +66,11 @@ class Corpus:
     def group(self, n: int) -> list[Sample]:
         """The samples of group n."""
         return [_from_row(row) for row in self._file.read_row_group(n).to_pylist()]
+
+    def ids(self) -> Iterator[str]:
+        """The ids of all samples, in their order."""
+        for n in range(self.groups):
+            yield from self._file.read_row_group(n, columns=["id"])["id"].to_pylist()
 
     def __iter__(self) -> Iterator[Sample]:
         for n in range(self.groups):

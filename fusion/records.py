@@ -46,6 +46,10 @@ class Sample:
             return (self.text,)
         return tuple(m.content for m in self.messages if m.role == "assistant")
 
+    def sizes(self) -> list[int]:
+        """Bytes of each segment."""
+        return [len(segment.encode()) for segment in self.segments()]
+
     def to_row(self) -> dict[str, object]:
         """The sample as one JSON line holds it."""
         row: dict[str, object] = {"id": self.id, "domain": self.domain, "complete": self.complete}

@@ -16,6 +16,7 @@ from fusion.distill.batch import Collator, Packing, bins
 from fusion.distill.dataset import Example, FusionDataset, Teacher
 from fusion.distill.gate import Gating
 from fusion.distill.order import StepOrder
+from fusion.distill.texts import Texts
 from fusion.records import Sparse
 from fusion.tokens.render import Renderer
 
@@ -183,7 +184,7 @@ def test_examples_of_a_dataset(
     level, piece = Renderer(byte_level_tokenizer, "level"), Renderer(sentencepiece_tokenizer, "piece")
     cache = held(invented(piece, SAMPLES[:4], seed=2))
     teacher = Teacher("sp", cache, plain(vocabulary.exact(piece.table, level.table), piece, level))
-    dataset = FusionDataset(SAMPLES, level, [teacher], Gating("min_ce"), k=3)
+    dataset = FusionDataset(Texts.of(SAMPLES, level), [teacher], Gating("min_ce"), k=3)
     examples = [dataset[n] for n in (2, 5, 0)]
     for packing in get_args(Packing):
         batch = Collator(packing)(examples)

@@ -8,18 +8,34 @@ import numpy as np
 import pytest
 import torch
 from scipy.sparse import csr_array
-from sources import CONTENTS, SAMPLES, TEXTS, Rows, entries, held, invented, plain, row_of, said_by_hand, same, taught
+from sources import (
+    CONTENTS,
+    SAMPLES,
+    TEXTS,
+    Rows,
+    chat,
+    entries,
+    held,
+    invented,
+    plain,
+    row_of,
+    said_by_hand,
+    same,
+    taught,
+)
+from tiny import samples
 from transformers import AutoModelForCausalLM
 
 from fusion import cluster
 from fusion.align import vocabulary
 from fusion.align.follow import Follower
 from fusion.capture.sample import top_k
+from fusion.corpus import Corpus, write_samples
 from fusion.distill.batch import Collator
 from fusion.distill.dataset import FusionDataset, Teacher
 from fusion.distill.gate import Gating, choose
 from fusion.distill.loss import Targets, sparse_cross_entropy
-from fusion.distill.rendering import render_all
+from fusion.distill.texts import Texts
 from fusion.records import Carries, Heard, Message, Sample, Sparse
 from fusion.tokens.render import Renderer
 
@@ -29,8 +45,8 @@ from fusion.tokens.render import Renderer
 def test_a_source_that_is_the_target(level: Renderer) -> None:
     rows = invented(level, SAMPLES, seed=0)
     source = Teacher("own", held(rows), same(level))
-    dataset = FusionDataset(SAMPLES, level, [source], Gating("min_ce"), k=5)
-    assert len(dataset) == len(SAMPLES) and dataset.lengths() == [len(level.render(s).ids) for s in SAMPLES]
+    dataset = FusionDataset(Texts.of(SAMPLES, level), [source], Gating("min_ce"), k=5)
+    assert len(dataset) == len(SAMPLES) and dataset.lengths().tolist() == [len(level.render(s).ids) for s in SAMPLES]
     for n, (sample, row) in enumerate(zip(SAMPLES, rows, strict=True)):
         rendered, example = level.render(sample), dataset[n]
         assert example.at.tolist() == [i for i, c in enumerate(rendered.carries) if c]
@@ -51,7 +67,7 @@ def test_another_tokenizer_teaches_where_both_have_read_the_same(level: Renderer
     matrix = vocabulary.chain(vocabulary.exact(piece.table, level.table), ends)
     dense = matrix.toarray()
     dataset = FusionDataset(
-        SAMPLES, level, [Teacher("sp", held(rows), plain(matrix, piece, level))], Gating("min_ce"), k=300
+        Texts.of(SAMPLES, level), [Teacher("sp", held(rows), plain(matrix, piece, level))], Gating("min_ce"), k=300
     )
     met = 0
     for n, (sample, row) in enumerate(zip(SAMPLES, rows, strict=True)):
@@ -72,14 +88,14 @@ def test_the_best_source_teaches(level: Renderer, piece: Renderer) -> None:
     for number in (0, 3):  # on these the poor one is good
         rows["poor"][number]["logp"][:] = -0.5
     teachers = [Teacher(name, held(r), eye) for name, r in rows.items()]
-    dataset = FusionDataset(SAMPLES, level, teachers, Gating("min_ce"), k=5)
+    dataset = FusionDataset(Texts.of(SAMPLES, level), teachers, Gating("min_ce"), k=5)
     for n in range(len(SAMPLES)):
         best = 0 if n in (0, 3) else 1
         assert set(dataset[n].teacher.tolist()) <= {best, -1} and best in dataset[n].teacher
         assert taught(dataset[n]) == entries(rows[("poor", "good")[best]][n])
     # a pivot without a map: where it would win, nobody teaches
     silent = [*teachers, Teacher("pivot", held(invented(level, SAMPLES, 7, -0.7)), None)]
-    dataset = FusionDataset(SAMPLES, level, silent, Gating("min_ce"), k=5)
+    dataset = FusionDataset(Texts.of(SAMPLES, level), silent, Gating("min_ce"), k=5)
     for n in range(len(SAMPLES)):
         assert set(dataset[n].teacher.tolist()) <= ({0, -1} if n in (0, 3) else {-1})
         if n not in (0, 3):
@@ -107,7 +123,7 @@ def test_a_sample_that_no_source_has_read(level: Renderer) -> None:
     eye = same(level)
     for gate in ("min_ce", "avg_ce", "all"):
         cache = held(invented(level, SAMPLES[:2], seed=0))
-        dataset = FusionDataset(SAMPLES, level, [Teacher("a", cache, eye)], Gating(gate), k=5)
+        dataset = FusionDataset(Texts.of(SAMPLES, level), [Teacher("a", cache, eye)], Gating(gate), k=5)
         assert (dataset[1].teacher == 0).any()
         assert (dataset[2].teacher == -1).all() and len(dataset[2].taught.ids) == 0
         assert len(dataset[2].labels) == len(dataset[2].at) > 0
@@ -117,7 +133,7 @@ def test_a_sample_that_no_source_has_read(level: Renderer) -> None:
 def test_labels_alone(level: Renderer, gate: Any) -> None:
     cache = held(invented(level, SAMPLES, seed=0))
     teachers = [Teacher("a", cache, same(level))] if gate == "none" else []
-    dataset = FusionDataset(SAMPLES, level, teachers, Gating(gate), k=5)
+    dataset = FusionDataset(Texts.of(SAMPLES, level), teachers, Gating(gate), k=5)
     for n in range(len(SAMPLES)):
         assert (dataset[n].teacher == -1).all() and len(dataset[n].taught.ids) == 0
     batch = Collator()([dataset[n] for n in range(len(SAMPLES))])
@@ -138,7 +154,7 @@ def test_all_sources_together(level: Renderer) -> None:
     mean = {2: 0.375, 1: 0.25, 3: 0.25}
 
     def found(teachers: Sequence[Teacher], k: int) -> tuple[list[dict[int, float]], list[int]]:
-        example = FusionDataset([sample], level, teachers, Gating("all"), k)[0]
+        example = FusionDataset(Texts.of([sample], level), teachers, Gating("all"), k)[0]
         return taught(example), example.teacher.tolist()
 
     rows, teacher = found(teachers, 5)  # near: float16 logarithms
@@ -161,13 +177,15 @@ def test_too_long(level: Renderer) -> None:
     with pytest.raises(
         ValueError, match=r"level: sample \w{16} has \d+ tokens and the context is \d+; .*too_long: skip"
     ):
-        FusionDataset(SAMPLES, level, [], Gating("none"), 5, context)
-    kept = FusionDataset(SAMPLES, level, [], Gating("none"), 5, context, "skip")
-    assert [s.id for s in kept.samples] == [s.id for s, n in zip(SAMPLES, lengths, strict=True) if n <= context]
-    assert kept.lengths() == [n for n in lengths if n <= context]
-    assert len(FusionDataset(SAMPLES, level, [], Gating("none"), 5, max(lengths))) == len(SAMPLES)
+        FusionDataset(Texts.of(SAMPLES, level), [], Gating("none"), 5, context)
+    kept = FusionDataset(Texts.of(SAMPLES, level), [], Gating("none"), 5, context, "skip")
+    assert [kept.id(n) for n in range(len(kept))] == [
+        s.id for s, n in zip(SAMPLES, lengths, strict=True) if n <= context
+    ]
+    assert kept.lengths().tolist() == [n for n in lengths if n <= context]
+    assert len(FusionDataset(Texts.of(SAMPLES, level), [], Gating("none"), 5, max(lengths))) == len(SAMPLES)
     question = (Message("user", "q"),)  # nothing in it carries loss
-    assert len(FusionDataset([Sample("x", "test", None, question)], level, [], Gating("none"), 5)) == 0
+    assert len(FusionDataset(Texts.of([Sample("x", "test", None, question)], level), [], Gating("none"), 5)) == 0
 
 
 @pytest.mark.parametrize("followed", [True, False])
@@ -192,7 +210,7 @@ def test_a_model_teaches_itself_nothing(
         )
     projector = Follower(same(renderer).map, 4) if followed else same(renderer)
     own = Teacher("own", held(rows), projector)
-    dataset = FusionDataset(SAMPLES, renderer, [own], Gating("min_ce"), k=len(renderer.table))
+    dataset = FusionDataset(Texts.of(SAMPLES, renderer), [own], Gating("min_ce"), k=len(renderer.table))
     sizes = []
     for label_weight in (1.0, 0.0):
         batch = Collator()([dataset[n] for n in range(len(SAMPLES))])
@@ -212,7 +230,7 @@ def test_a_model_teaches_itself_nothing(
 def test_an_empty_map_teaches_nothing(level: Renderer) -> None:
     cache = held(invented(level, SAMPLES, seed=0))
     nothing = plain(csr_array((len(level.table), len(level.table))), level, level)
-    dataset = FusionDataset(SAMPLES, level, [Teacher("a", cache, nothing)], Gating("min_ce"), k=5)
+    dataset = FusionDataset(Texts.of(SAMPLES, level), [Teacher("a", cache, nothing)], Gating("min_ce"), k=5)
     for n in range(len(SAMPLES)):
         assert (dataset[n].teacher == -1).all() and len(dataset[n].taught.ids) == 0
 
@@ -247,23 +265,32 @@ def test_bits_per_byte() -> None:
     assert heard([1], [0.0], 5).bits_per_byte() == 0
 
 
-@pytest.mark.parametrize("count", [len(SAMPLES), 2, 0])
-def test_ranks_render_together(level: Renderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    """Each its share, of which some have none."""
+@pytest.mark.parametrize("count", [60, 9, 2, 0])
+@pytest.mark.parametrize("ranks", [1, 3, 8])
+def test_ranks_render_together(
+    level: Renderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, ranks: int
+) -> None:
+    """Each its share of the groups, of which some have none; what is read is what `of` holds in memory."""
     here = [0]
 
     def together(work: Callable[[], None]) -> None:
-        for here[0] in range(3):
+        for here[0] in range(ranks):
             work()
 
-    monkeypatch.setattr(cluster, "world", lambda: 3)
+    monkeypatch.setattr(cluster, "world", lambda: ranks)
     monkeypatch.setattr(cluster, "rank", lambda: here[0])
     monkeypatch.setattr(cluster, "together", together)
-    found = render_all(SAMPLES[:count], level, tmp_path)
-    assert len(found) == count
-    for sample, rendered in zip(SAMPLES, found, strict=False):
-        whole = level.render(sample)
-        for name in ("ids", "boundary", "carries"):
-            assert getattr(rendered, name).dtype == getattr(whole, name).dtype
-            np.testing.assert_array_equal(getattr(rendered, name), getattr(whole, name))
-        assert (rendered.content_bytes, rendered.lossy) == (whole.content_bytes, whole.lossy)
+    chats = [chat(f"It is day {n}.", *"ab"[: n % 3]) for n in range(10)]
+    given = [*SAMPLES, *samples(count, seed=5), *chats][:count]
+    write_samples(tmp_path / "train.parquet", given)
+    whole = Texts.of(given, level)
+    for texts in (Texts.shared(Corpus(tmp_path, "train"), level, tmp_path / "rendered"), whole):
+        assert len(texts) == count == len(list(texts))
+        for n, sample in enumerate(given):
+            rendered, expected = texts[n], level.render(sample)
+            for name in ("ids", "boundary", "carries"):
+                assert getattr(rendered, name).dtype == getattr(expected, name).dtype
+                np.testing.assert_array_equal(getattr(rendered, name), getattr(expected, name))
+            assert (rendered.content_bytes, rendered.lossy) == (expected.content_bytes, expected.lossy)
+            assert texts.id(n) == sample.id and texts.sizes(n) == [len(s.encode()) for s in sample.segments()]
+            assert texts.tokens[n] == len(expected.ids) and texts.taught[n] == np.count_nonzero(expected.carries)

@@ -3,10 +3,12 @@
 import json
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,6 +18,7 @@ from tiny import artifact, samples, texts, write_lines
 
 from data_prep import stage
 from data_prep.samples import cut, fraction, matches, read_rows, to_sample, unique
+from data_prep.sorting import Sorted
 from fusion.config import Config, Dataset, Model, Prepare
 from fusion.corpus import Corpus, write_samples
 from fusion.records import Message, Sample, sample_id
@@ -428,6 +431,49 @@ def test_every_domain_of_many_documents_has_some_validation(tmp_path: Path) -> N
         assert ids(list(Corpus(out.folder, "validation"))) == expected and not train & expected
         assert len(train) == facts["samples"]["train"] == 49 - len(expected)
         assert facts["samples"].get("validation many", 0) == facts["samples"]["validation"] == len(expected)
+
+
+@pytest.mark.parametrize("held", [0, 20_000, 1 << 30])
+def test_what_memory_does_not_hold_waits_on_disk(tmp_path: Path, held: int) -> None:
+    """The same bytes, in whatever order samples come and however few are held; a killed run's files do not count."""
+    made = [
+        *samples(300),
+        *samples(30, words=200),
+        Sample("0" * 16, "chat", None, (Message("assistant", "é" * 9000),)),
+    ]
+    made = [made[n] for n in np.random.default_rng(0).permutation(len(made))]
+    folder, dropped = tmp_path / "work", {made[3].id, made[-1].id}
+    folder.mkdir()
+    write_samples(folder / "0.parquet", samples(5, seed=9))
+    found = Sorted(folder, held)
+    for sample in made:
+        found.add(sample)
+    files = len(list(folder.glob("*")))
+    assert files == 331 if held == 0 else files == 0 if held == 1 << 30 else 5 < files < 331
+    for sample in (made[3], made[-1]):
+        found.drop(sample)
+    kept = sorted((s for s in made if s.id not in dropped), key=lambda s: s.id)
+    assert len(found) == len(kept) == 329
+    assert found.bytes == sum(len(text.encode()) for s in kept for text in s.segments())
+    found.write(tmp_path / "found.parquet")
+    write_samples(tmp_path / "whole.parquet", kept)
+    assert list(Corpus(tmp_path, "found")) == kept and not folder.exists()
+    assert list(Corpus(tmp_path, "found").ids()) == [s.id for s in kept]
+    assert (tmp_path / "found.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+
+
+def test_a_large_corpus_is_prepared_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"text": t, "domain": d} for d in "ab" for t in texts(200, seed=ord(d))]
+    data = Dataset(str(write_lines(tmp_path / "a.jsonl", rows)))
+    config = fusion(data, heldout_share=0.2, validation_share=1e-9)  # validation is lent its documents
+    content, facts = [], []
+    for name, held in (("whole", 1 << 30), ("large", 4000)):
+        monkeypatch.setattr(stage, "Sorted", partial(Sorted, held=held))
+        out = artifact(tmp_path / name, "prepare")
+        facts.append(stage.run(config, {}, out))
+        content.append({path.name: path.read_bytes() for path in out.folder.glob("*.parquet")})
+    assert content[0] == content[1] and len(content[0]) == 3 and facts[0] == facts[1]
+    assert facts[0]["samples"]["validation"] == 2
 
 
 @pytest.mark.parametrize("settings", [{"validation_share": 0}])

@@ -21,6 +21,7 @@ from fusion.artifact import read_manifest
 from fusion.config import Align, Config
 from fusion.distill.dataset import FusionDataset, Teacher
 from fusion.distill.gate import Gating
+from fusion.distill.texts import Texts
 from fusion.records import Carries, Heard, Sample, Sparse, sample_id
 from fusion.tokens.render import Renderer
 
@@ -163,7 +164,7 @@ def test_the_gate_by_token_prefers_short_tokens(byte_level_tokenizer: Any) -> No
     teachers: Any = [Teacher("few", Told(few), Speaks()), Teacher("many", Told(many), Speaks())]  # type: ignore[arg-type]
     for unit, best in (("bytes", 0), ("tokens", 1)):
         gating = Gating("min_ce", unit=unit)  # type: ignore[arg-type]
-        example = FusionDataset([sample], target, teachers, gating, k=5)[0]
+        example = FusionDataset(Texts.of([sample], target), teachers, gating, k=5)[0]
         assert example.teacher.tolist() == [best] * (size - 1)
 
 

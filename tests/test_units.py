@@ -27,6 +27,7 @@ from sources import (
 from fusion.align import vocabulary
 from fusion.distill.dataset import FusionDataset, Teacher
 from fusion.distill.gate import Gate, Gating, Level
+from fusion.distill.texts import Texts
 from fusion.records import Heard, Sample, Sparse
 from fusion.tokens.render import Renderer
 
@@ -69,8 +70,8 @@ def test_units_are_taught_as_by_hand(level: Renderer, of: Level, gate: Gate, cou
     teachers = [Teacher(NAMES[n], cache, same(level) if n != silent else None) for n, cache in enumerate(caches)]
     size, temperature = len(level.table), 0.8
     gating = Gating(gate, of, temperature, FIXED)
-    dataset = FusionDataset(TALKS, level, teachers, gating, k=size)
-    sure = FusionDataset(TALKS, level, teachers, replace(gating, confident=True), k=size)
+    dataset = FusionDataset(Texts.of(TALKS, level), teachers, gating, k=size)
+    sure = FusionDataset(Texts.of(TALKS, level), teachers, replace(gating, confident=True), k=size)
     heard_once = set()
     for n, sample in enumerate(TALKS):
         example, said = dataset[n], [cache.get(sample.id) for cache in caches]
@@ -119,7 +120,7 @@ def test_sources_of_other_tokenizers_are_weighed_on_the_targets_units(
     matrix = vocabulary.chain(vocabulary.exact(piece.table, level.table), ends)
     across = plain(matrix, piece, level)
     teachers = [Teacher(n, c, p) for n, c, p in zip("abc", caches, (same(level), across, across), strict=True)]
-    dataset = FusionDataset(TALKS, level, teachers, Gating(gate, of, confident=True), k=len(level.table))
+    dataset = FusionDataset(Texts.of(TALKS, level), teachers, Gating(gate, of, confident=True), k=len(level.table))
     taught_by = set()
     for n, sample in enumerate(TALKS):
         example, said = dataset[n], [cache.get(sample.id) for cache in caches]
@@ -170,7 +171,7 @@ def test_a_silent_pivot_leaves_just_its_own_to_the_labels(level: Renderer, of: L
     own[0]["logp"] = np.where(of_pivot, -0.5, -2).astype(np.float32)
     teachers = [Teacher("a", held(rows), same(level)), Teacher("pivot", held(own), None)]
     for order in (teachers, teachers[::-1]):
-        example = FusionDataset([sample], level, order, Gating("min_ce", of), k=5)[0]
+        example = FusionDataset(Texts.of([sample], level), order, Gating("min_ce", of), k=5)[0]
         number = next(m for m, t in enumerate(order) if t.name == "a")
         assert example.teacher.tolist() == [-1 if silent else number for silent in of_pivot]
         assert example.confidence.tolist() == [0.0 if silent else 1.0 for silent in of_pivot]
@@ -199,7 +200,9 @@ def test_confidence_by_hand(level: Renderer) -> None:
     raw = [math.exp(-nats / math.log(2) / temperature) for nats in (1, 2, 3)]
 
     def found(gate: Gate, teachers: Sequence[Teacher], fixed: Mapping[str, float] = {}) -> list[float]:
-        dataset = FusionDataset([sample], level, teachers, Gating(gate, "sample", temperature, fixed, True), k=5)
+        dataset = FusionDataset(
+            Texts.of([sample], level), teachers, Gating(gate, "sample", temperature, fixed, True), k=5
+        )
         return dataset[0].confidence.tolist()  # type: ignore[no-any-return]
 
     assert found("min_ce", teachers) == pytest.approx([raw[0] / sum(raw), 0])
@@ -219,7 +222,7 @@ def test_fixed_weights_mix_as_told(level: Renderer) -> None:
     teachers = [Teacher(name, held(said_by_hand(level, sample, s)), eye) for name, s in said.items()]
 
     def found(fixed: Mapping[str, float]) -> tuple[list[dict[int, float]], list[int]]:
-        example = FusionDataset([sample], level, teachers, Gating("fixed", fixed=fixed), k=5)[0]
+        example = FusionDataset(Texts.of([sample], level), teachers, Gating("fixed", fixed=fixed), k=5)[0]
         return taught(example), example.teacher.tolist()
 
     rows, teacher = found({"a": 3, "b": 1})  # c is not named

@@ -26,6 +26,7 @@ from fusion import cluster
 from fusion.config import Distill, Lora
 from fusion.distill.dataset import FusionDataset, Teacher
 from fusion.distill.gate import Gating
+from fusion.distill.texts import Texts
 from fusion.distill.trainer import release, train
 from fusion.distill.validation import Validation
 from fusion.records import Sample
@@ -72,7 +73,7 @@ def main(folder: Path, name: str, asked: dict[str, Any]) -> None:
     )
     teachers = [Teacher(n, *said) for n, said in invented_sources(renderer, texts).items()]
     gating = Gating(settings.gate, settings.gate_level, settings.gate_temperature)
-    dataset = FusionDataset(texts, renderer, teachers, gating, settings.k)
+    dataset = FusionDataset(Texts.of(texts, renderer), teachers, gating, settings.k)
     validation = Validation(validation_samples(), renderer, None, 64)
     if kill_at is not None and cluster.rank() == kill_rank:
         _kill_at(kill_at)

@@ -108,7 +108,7 @@ class _Chunk:
 
     def read(self, samples: Sequence[Sample]) -> None:
         """Read the samples and take the time."""
-        sizes = {s.id: _size(s) for s in samples}
+        sizes = {s.id: sum(s.sizes()) for s in samples}
         begun = time.monotonic()
         for batch in self._reader.batches(samples, {}):
             for said in self._reader.read(batch)[0]:
@@ -124,13 +124,9 @@ def _up_to(samples: Iterator[Sample], size: float) -> Iterator[Sample]:
     taken = 0
     for sample in samples:
         yield sample
-        taken += _size(sample)
+        taken += sum(sample.sizes())
         if taken >= size:
             return
-
-
-def _size(sample: Sample) -> int:
-    return sum(len(segment.encode()) for segment in sample.segments())
 
 
 def _beginning(sample: Sample) -> Sample:

@@ -130,11 +130,11 @@ def admit(config: Config, source: Model, folder: Path, weights: str | None, prep
         )
     settings = config.capture
     allowed = {TOO_LONG: settings.too_long == "skip", NOT_FINITE: settings.on_nonfinite == "skip"}
-    ids = [sample.id for sample in Corpus(prepared, "train")]
-    lacking = [id for id in ids if id not in cache and not allowed.get(cache.left_out.get(id, ""), False)]
+    corpus = Corpus(prepared, "train")
+    lacking = [id for id in corpus.ids() if id not in cache and not allowed.get(cache.left_out.get(id, ""), False)]
     if lacking:
         raise ValueError(
-            f"{source.name}: the cache {source.cache} lacks {len(lacking)} of {len(ids)} samples, {lacking[0]} for "
+            f"{source.name}: the cache {source.cache} lacks {len(lacking)} of {len(corpus)} samples, {lacking[0]} for "
             "one: they were changed or added since"
         )
 

@@ -13,8 +13,8 @@ from fusion.align.projector import Projector
 from fusion.capture.cache import Cache
 from fusion.distill.cost import Segments, Tokens, by_segment, by_token
 from fusion.distill.gate import Gating, choose, soft
-from fusion.records import Heard, Rendered, Sample, Sparse
-from fusion.tokens.render import Renderer
+from fusion.distill.texts import Texts
+from fusion.records import Heard, Rendered, Sparse
 
 _MEMORY = 512 * 2**20  # bytes of finished examples that a rank keeps
 
@@ -64,9 +64,8 @@ class FusionDataset(Dataset):
     """Examples for one target, built when they are asked for.
 
     Args:
-        samples: what to learn from; those longer than `context` are left out or refused, never cut.
+        texts: what to learn from; those longer than `context` are left out or refused, never cut.
         teachers: may be empty: labels alone.
-        rendered: what `renderer` makes of each sample, if that is known.
         k: entries a position keeps.
 
     Raises:
@@ -75,39 +74,33 @@ class FusionDataset(Dataset):
 
     def __init__(
         self,
-        samples: Sequence[Sample],
-        renderer: Renderer,
+        texts: Texts,
         teachers: Sequence[Teacher],
         gating: Gating,
         k: int,
         context: int | None = None,
         too_long: Literal["refuse", "skip"] = "refuse",
-        rendered: Sequence[Rendered] | None = None,
     ):
-        self.renderer, self.teachers, self.gating, self.k = renderer, list(teachers), gating, k
+        self.teachers, self.gating, self.k = list(teachers), gating, k
+        self.renderer = texts.renderer
+        self._texts = texts
         self._built: dict[int, Example] = {}
         self._room = _MEMORY
-        self.samples: list[Sample] = []
-        self.rendered: list[Rendered] = []
-        known = rendered or map(renderer.render, samples)
-        for sample, shown in zip(samples, known, strict=True):
-            if context is not None and len(shown.ids) > context:
-                if too_long == "skip":
-                    continue
-                raise ValueError(
-                    f"{renderer.name}: sample {sample.id} has {len(shown.ids)} tokens and the context is {context}; "
-                    "lower prepare.max_bytes or set distill.too_long: skip"
-                )
-            if shown.carries.any():
-                self.samples.append(sample)
-                self.rendered.append(shown)
+        long = texts.tokens > (np.inf if context is None else context)
+        if too_long == "refuse" and long.any():
+            first = int(long.argmax())
+            raise ValueError(
+                f"{texts.renderer.name}: sample {texts.id(first)} has {texts.tokens[first]} tokens and the context is "
+                f"{context}; lower prepare.max_bytes or set distill.too_long: skip"
+            )
+        self._numbers = np.flatnonzero(~long & (texts.taught > 0))
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self._numbers)
 
     def __getitem__(self, n: int) -> Example:
         """Example n; numbers beyond the last have nothing to learn: they fill up a step."""
-        if n >= len(self.samples):
+        if n >= len(self):
             return _EMPTY
         example = self._built.get(n)
         if example is None:
@@ -122,11 +115,11 @@ class FusionDataset(Dataset):
         self._room = _MEMORY // max(workers, 1)
 
     def _build(self, n: int) -> Example:
-        rendered = self.rendered[n]
+        rendered = self.rendered(n)
         at = np.flatnonzero(rendered.carries)
         labels = rendered.ids[at + 1]
-        said = [t.cache.get(self.samples[n].id) for t in self.teachers]
-        weights, confidence = self._weigh(n, said, len(at))
+        said = [t.cache.get(self.id(n)) for t in self.teachers]
+        weights, confidence = self._weigh(n, rendered, said)
         parts: list[tuple[np.ndarray, np.ndarray, Sparse]] = []
         speaking = [
             (number, heard, teacher.projector)
@@ -150,17 +143,17 @@ class FusionDataset(Dataset):
         heard_by = np.minimum(share, 1).astype(np.float32)
         return Example(rendered.ids, at, labels.astype(np.int64), teacher.astype(np.int64), heard_by, taught, n)
 
-    def _weigh(self, n: int, said: Sequence[Heard | None], positions: int) -> tuple[np.ndarray, np.ndarray]:
+    def _weigh(self, n: int, rendered: Rendered, said: Sequence[Heard | None]) -> tuple[np.ndarray, np.ndarray]:
         """Each source's weight, and its part of the confidence, at each position: float64 (S, N) both."""
-        gating = self.gating
+        gating, positions = self.gating, int(np.count_nonzero(rendered.carries))
         if gating.gate == "none" or not said:
             return np.zeros((len(said), positions)), np.zeros((len(said), positions))
         unit = np.zeros(positions, dtype=np.int64)
         if gating.level == "sample":
             costs = [np.array([np.nan if h is None else h.bits(gating.unit)]) for h in said]
         else:
-            segments = Segments.of([len(s.encode()) for s in self.samples[n].segments()])
-            tokens = Tokens.of(self.rendered[n], segments)
+            segments = Segments.of(self._texts.sizes(int(self._numbers[n])))
+            tokens = Tokens.of(rendered, segments)
             unit = tokens.segment if gating.level == "segment" else np.arange(positions)
             count = len(segments.first) if gating.level == "segment" else positions
             cost = by_segment if gating.level == "segment" else partial(by_token, tokens=tokens)
@@ -171,9 +164,18 @@ class FusionDataset(Dataset):
         shares = soft(bits, gating.temperature) if gating.confident else (weights > 0).astype(np.float64)
         return weights[:, unit], shares[:, unit]
 
-    def lengths(self) -> list[int]:
-        """Tokens of each sample."""
-        return [len(r.ids) for r in self.rendered]
+    def id(self, n: int) -> str:
+        """The id of sample n."""
+        return self._texts.id(int(self._numbers[n]))
+
+    def rendered(self, n: int) -> Rendered:
+        """Sample n as the target reads it."""
+        return self._texts[int(self._numbers[n])]
+
+    def lengths(self) -> np.ndarray:
+        """int64 (N,), tokens of each sample."""
+        found: np.ndarray = self._texts.tokens[self._numbers]
+        return found
 
 
 _NONE = np.zeros(0, dtype=np.int64)

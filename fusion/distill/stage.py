@@ -15,7 +15,7 @@ from fusion.corpus import Corpus
 from fusion.distill.dataset import FusionDataset, Teacher
 from fusion.distill.gate import Gating
 from fusion.distill.lora import merge_lora
-from fusion.distill.rendering import render_all
+from fusion.distill.texts import Texts
 from fusion.tokens.render import Renderer
 from fusion.tracking import Tracker
 
@@ -66,10 +66,9 @@ def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, 
         confident,
         settings.gate_unit,
     )
-    train = list(Corpus(inputs["prepare"], "train"))
-    rendered = render_all(train, renderer, out.folder / "work/rendered")
-    dataset = FusionDataset(train, renderer, teachers, gating, settings.k, context, settings.too_long, rendered)
-    budget = settings.per_rank * max(dataset.lengths(), default=1)
+    texts = Texts.shared(Corpus(inputs["prepare"], "train"), renderer, out.folder / "work/rendered")
+    dataset = FusionDataset(texts, teachers, gating, settings.k, context, settings.too_long)
+    budget = settings.per_rank * int(dataset.lengths().max(initial=1))
     measured = Corpus(inputs["prepare"], "validation") if settings.evaluations else ()
     validation = Validation(measured, renderer, context, budget)
     tracker = Tracker(config, f"distill-{out.subject}")

@@ -194,7 +194,7 @@ class FusionTrainer(Trainer):
     def _stop(self, what: str, samples: torch.Tensor) -> ValueError:
         """The error for all ranks, with the ids of the samples on any of them."""
         found = sorted({int(n) for part in cluster.gather(samples.unique().tolist()) for n in part})
-        shown = ", ".join(self._dataset.samples[n].id for n in found[:_NAMED])
+        shown = ", ".join(self._dataset.id(n) for n in found[:_NAMED])
         more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
         saved = finished(self._work)
         kept = f"{saved[-1]} is kept" if saved else "there is no checkpoint yet"
