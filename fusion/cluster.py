@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 _LONGEST_COMPILE_S, _LONGEST_LOOK_S = 900, 120  # of a DeepSpeed op, and of one that was compiled before
+_FIRST_S = 3  # what all ranks meet is said by the first of them, before the launcher stops the others
 _CLOSED = "closed"
 
 
@@ -103,6 +104,14 @@ def joined() -> Iterator[None]:
             stop()
         raise
     stop()
+
+
+def fail(error: Exception | str) -> int:
+    """Say in one line what is in a user's way, from the first rank that meets it; the exit status for it, 2."""
+    if not is_main():
+        time.sleep(_FIRST_S)
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    return 2
 
 
 def end(status: int) -> None:

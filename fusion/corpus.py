@@ -11,12 +11,13 @@ from fusion.records import Sample
 _LARGEST_GROUP = 256  # samples a rank claims at a time
 
 
-def write_samples(path: Path, samples: Iterable[Sample], count: int | None = None) -> None:
-    """Write samples in row groups of 256, or less where that gives fewer than some 32 groups.
+def group_size(count: int) -> int:
+    """Samples of a row group, of so many in all: 256, or less where that gives fewer than some 32 groups."""
+    return max(8, min(_LARGEST_GROUP, count // 32))
 
-    Args:
-        count: how many they are, where they are no sequence.
-    """
+
+def write_samples(path: Path, samples: Iterable[Sample], size: int | None = None) -> None:
+    """Write samples in row groups of `size`, else of `group_size` of them all, which memory holds then."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -29,10 +30,9 @@ def write_samples(path: Path, samples: Iterable[Sample], count: int | None = Non
             ("messages", pa.string()),
         ]
     )
-    if count is None:
+    if size is None:
         samples = list(samples)
-        count = len(samples)
-    size = max(8, min(_LARGEST_GROUP, count // 32))
+        size = group_size(len(samples))
     rows = (_to_row(sample) for sample in samples)
     with atomic(path) as part, pq.ParquetWriter(part, schema, compression="zstd") as writer:
         while group := list(itertools.islice(rows, size)):

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fusion import cluster
+
 if TYPE_CHECKING:
     from fusion.records import Sample
 
@@ -23,8 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         facts = _collect(chosen)
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return cluster.fail(error)
     read = f" of {facts['samples']} samples, {facts['tokens']} tokens" if "samples" in facts else ""
     print(f"{facts['kind']}{read}: {facts['tensors']} tensors in {chosen.out}")
     return 0

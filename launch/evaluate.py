@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fusion import cluster
+
 
 def main() -> int:
     """Read the command line, measure; 0 when all went well, 2 for what the user can mend."""
@@ -21,8 +23,7 @@ def main() -> int:
     try:
         rows = _measure(arguments)
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return cluster.fail(error)
     return 0 if rows else 2
 
 
@@ -60,7 +61,7 @@ def _measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """A row a model; all that the user can have got wrong is found before the first is measured."""
     import transformers
 
-    from fusion import cluster, hub, tracking
+    from fusion import hub, tracking
     from fusion.config import Model
     from fusion.measure import bits_per_byte
     from fusion.release import tasks
@@ -144,8 +145,6 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _write(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    from fusion import cluster
-
     if arguments.json and cluster.is_main():
         Path(arguments.json).write_text(json.dumps(rows, indent=1) + "\n")
 
@@ -199,6 +198,4 @@ def _score(told: dict[str, Any] | None) -> str:
 
 
 if __name__ == "__main__":
-    from fusion import cluster
-
     cluster.end(main())

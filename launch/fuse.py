@@ -8,7 +8,6 @@ import errno
 import fcntl
 import os
 import shutil
-import sys
 import time
 import traceback
 from pathlib import Path
@@ -42,10 +41,10 @@ def main() -> int:
         _lock(config.folder, arguments.target, locks)
         _run(config, arguments)
     except (ValueError, OSError) as error:
-        return _fail(error)
+        return cluster.fail(_told(error))
     except Exception as error:
         if isinstance(error, cluster.Stranded):
-            return _fail(error)
+            return cluster.fail(_told(error))
         # torch and safetensors say a full disk in errors of their own
         if config is None or not (_is_full(config.folder) or os.strerror(errno.ENOSPC) in str(error)):
             if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -53,7 +52,7 @@ def main() -> int:
                 traceback.print_exc()
                 return 1
             raise
-        return _fail(OSError(errno.ENOSPC, str(error), str(config.folder)))
+        return cluster.fail(_told(OSError(errno.ENOSPC, str(error), str(config.folder))))
     finally:
         for lock in locks:
             lock.close()
@@ -152,18 +151,11 @@ def _is_full(folder: Path) -> bool:
     return folder.exists() and shutil.disk_usage(folder).free < 2**20
 
 
-def _fail(error: Exception) -> int:
-    """One line, from the first rank that has it; the launcher stops the others."""
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(3)
-    text = " ".join(str(error).split())
+def _told(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        text = (
-            f"no space left on the disk of {error.filename or 'the run folder'}; "
-            "finished work is kept, free some and start again"
-        )
-    print(f"error: {text}", file=sys.stderr, flush=True)
-    return 2
+        where = error.filename or "the run folder"
+        return f"no space left on the disk of {where}; finished work is kept, free some and start again"
+    return str(error)
 
 
 if __name__ == "__main__":

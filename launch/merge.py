@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -58,10 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 stack.enter_context(cluster.joined())
             _run(chosen)
     except (ValueError, OSError) as error:
-        if not cluster.is_main():
-            time.sleep(3)  # what all of them meet is said once, before the launcher stops the others
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return 2
+        return cluster.fail(error)
     except KeyboardInterrupt:
         print("interrupted; the files that are finished are kept: the same command goes on from there", file=sys.stderr)
         return 130

@@ -1,5 +1,6 @@
 """What a target is taught: caches read through maps, the mean of several, labels alone; and the records in between."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -273,24 +274,49 @@ def test_ranks_render_together(
     """Each its share of the groups, of which some have none; what is read is what `of` holds in memory."""
     here = [0]
 
-    def together(work: Callable[[], None]) -> None:
-        for here[0] in range(ranks):
-            work()
+    def together(work: Callable[[], Any]) -> list[Any]:
+        """All ranks render; one looks at what they left."""
+        if not list(folder.iterdir()):
+            return [work() for here[0] in range(ranks)]
+        assert {path.name.partition("-")[2] for path in folder.iterdir()} == {str(n) for n in range(ranks)}
+        return [work()]
+
+    folder = tmp_path / "rendered"
+    folder.mkdir()
+    (folder / "ids-9").write_bytes(bytes(8))  # of an older launch
 
     monkeypatch.setattr(cluster, "world", lambda: ranks)
     monkeypatch.setattr(cluster, "rank", lambda: here[0])
     monkeypatch.setattr(cluster, "together", together)
+    monkeypatch.setattr(cluster, "on_main", lambda work: work())
     chats = [chat(f"It is day {n}.", *"ab"[: n % 3]) for n in range(10)]
     given = [*SAMPLES, *samples(count, seed=5), *chats][:count]
     write_samples(tmp_path / "train.parquet", given)
     whole = Texts.of(given, level)
-    for texts in (Texts.shared(Corpus(tmp_path, "train"), level, tmp_path / "rendered"), whole):
+    for texts in (Texts.shared(Corpus(tmp_path, "train"), level, folder), whole):
         assert len(texts) == count == len(list(texts))
         for n, sample in enumerate(given):
             rendered, expected = texts[n], level.render(sample)
             for name in ("ids", "boundary", "carries"):
                 assert getattr(rendered, name).dtype == getattr(expected, name).dtype
+                assert not rendered.ids.flags.writeable  # mapped to be written to, none may be larger than memory
                 np.testing.assert_array_equal(getattr(rendered, name), getattr(expected, name))
             assert (rendered.content_bytes, rendered.lossy) == (expected.content_bytes, expected.lossy)
             assert texts.id(n) == sample.id and texts.sizes(n) == [len(s.encode()) for s in sample.segments()]
             assert texts.tokens[n] == len(expected.ids) and texts.taught[n] == np.count_nonzero(expected.carries)
+
+
+def test_a_rank_that_does_not_see_what_another_wrote(level: Renderer, tmp_path: Path) -> None:
+    write_samples(tmp_path / "train.parquet", SAMPLES)
+    folder = tmp_path / "rendered"
+    whole = cluster.together
+
+    def together(work: Callable[[], Any]) -> list[Any]:
+        found = whole(work)
+        os.truncate(folder / "boundary-0", 8)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster, "together", together)
+        with pytest.raises(ValueError, match=r"boundary-0: has 8 bytes and \d+ were written; all ranks want one disk"):
+            Texts.shared(Corpus(tmp_path, "train"), level, folder)

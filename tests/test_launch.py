@@ -381,14 +381,21 @@ def test_an_out_that_is_a_file(tree: dict[str, Any], refused: Refused, tmp_path:
 
 
 def test_a_full_disk_is_said_in_words(fuse: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    assert fuse._fail(OSError(28, "No space left on device", "/data/run")) == 2
+    assert cluster.fail(fuse._told(OSError(28, "No space left on device", "/data/run"))) == 2
     line = only_error(capsys.readouterr().err)
     assert line == "no space left on the disk of /data/run; finished work is kept, free some and start again"
 
 
-def test_an_error_of_many_lines_is_one(fuse: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    assert fuse._fail(ValueError("one\n  two\n\nthree")) == 2
-    assert capsys.readouterr().err == "error: one two three\n"
+@pytest.mark.parametrize(("rank", "waits"), [("0", []), ("1", [3])])
+def test_an_error_of_many_lines_is_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, rank: str, waits: list[int]
+) -> None:
+    """Said by the first rank that meets it."""
+    slept: list[int] = []
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(cluster.time, "sleep", slept.append)
+    assert cluster.fail(ValueError("one\n  two\n\nthree")) == 2
+    assert capsys.readouterr().err == "error: one two three\n" and slept == waits
 
 
 def test_a_sample_longer_than_a_context(

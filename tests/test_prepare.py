@@ -449,7 +449,8 @@ def test_what_memory_does_not_hold_waits_on_disk(tmp_path: Path, held: int) -> N
     for sample in made:
         found.add(sample)
     files = len(list(folder.glob("*")))
-    assert files == 331 if held == 0 else files == 0 if held == 1 << 30 else 5 < files < 331
+    # of 331 files twice 128 were merged, and 75 were not
+    assert files == 2 + 75 if held == 0 else files == 0 if held == 1 << 30 else 5 < files < 128
     for sample in (made[3], made[-1]):
         found.drop(sample)
     kept = sorted((s for s in made if s.id not in dropped), key=lambda s: s.id)

@@ -1,5 +1,7 @@
 """All samples as one model reads them: rendered once, by all ranks together, and read from files that memory maps."""
 
+import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from io import BytesIO
@@ -34,7 +36,7 @@ _ARRAYS = {
 
 
 class Texts:
-    """Samples as one model reads them, by number; what a process holds of each is some fifty bytes.
+    """Samples as one model reads them, by number; what a process holds of each is some forty bytes.
 
     Attributes:
         renderer: the model's.
@@ -58,24 +60,23 @@ class Texts:
         """
         files = {name: BytesIO() for name in _ARRAYS}
         _render(samples, renderer, files)
-        return Texts(renderer, [{name: np.frombuffer(files[name].getbuffer(), t) for name, t in _ARRAYS.items()}])
+        return Texts(renderer, [{name: np.frombuffer(files[name].getvalue(), t) for name, t in _ARRAYS.items()}])
 
     @staticmethod
     def shared(corpus: Corpus, renderer: Renderer, folder: Path) -> "Texts":
         """All of a corpus; every rank takes part, renders its share and reads that of the others.
 
         Args:
-            folder: where all ranks write; what it holds is written over.
+            folder: where all ranks write; what it holds is removed.
 
         Raises:
-            ValueError: as `of`.
+            ValueError: as `of`; or a rank does not see what another wrote.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        cluster.together(lambda: _write(corpus, renderer, folder))
-        ranks = range(cluster.world())
-        return Texts(
-            renderer, [{name: _mapped(_path(folder, name, r), t) for name, t in _ARRAYS.items()} for r in ranks]
-        )
+        cluster.on_main(lambda: _emptied(folder))  # what an older launch has open is no longer there to write to
+        written = cluster.together(lambda: _write(corpus, renderer, folder))
+        parts: list[dict[str, np.ndarray]] = []
+        cluster.together(lambda: parts.extend(_read(folder, rank, sizes) for rank, sizes in enumerate(written)))
+        return Texts(renderer, parts)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -123,17 +124,23 @@ class _Part:
         return self._arrays["sizes"][self._segments[n] : self._segments[n + 1]]
 
 
-def _write(corpus: Corpus, renderer: Renderer, folder: Path) -> None:
+def _emptied(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _write(corpus: Corpus, renderer: Renderer, folder: Path) -> dict[str, int]:
+    """Render this rank's share; the bytes of each file."""
     groups = np.array_split(np.arange(corpus.groups), cluster.world())[cluster.rank()]
     with ExitStack() as opened:
         files = {name: opened.enter_context(_path(folder, name, cluster.rank()).open("wb")) for name in _ARRAYS}
         _render((sample for n in groups for sample in corpus.group(int(n))), renderer, files)
+        return {name: file.tell() for name, file in files.items()}
 
 
 def _render(samples: Iterable[Sample], renderer: Renderer, files: Mapping[str, BinaryIO]) -> None:
     for sample in samples:
-        shown = renderer.render(sample)
-        sizes = sample.sizes()
+        shown, sizes = renderer.render(sample), sample.sizes()
         id, taught = sample.id.encode(), np.count_nonzero(shown.carries)
         assert len(id) <= _FACTS["id"].itemsize
         facts = (id, len(shown.ids), taught, len(sizes), shown.content_bytes, shown.lossy)
@@ -142,12 +149,21 @@ def _render(samples: Iterable[Sample], renderer: Renderer, files: Mapping[str, B
             files[name].write(np.array(values, dtype).tobytes())
 
 
+def _read(folder: Path, rank: int, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """A rank's arrays as they lie on disk, so that the ranks of a machine hold them once."""
+    found = {}
+    for name, dtype in _ARRAYS.items():
+        path = _path(folder, name, rank)
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != sizes[name]:
+                raise ValueError(
+                    f"{path}: has {size} bytes and {sizes[name]} were written; all ranks want one disk that they share"
+                )
+            # an empty file cannot be mapped; one that may be written to can be no larger than memory
+            found[name] = np.memmap(file, dtype, mode="r").view(np.ndarray) if size else np.zeros(0, dtype)
+    return found
+
+
 def _path(folder: Path, name: str, rank: int) -> Path:
     return folder / f"{name}-{rank}"
-
-
-def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
-    """An array as it lies on disk, so that the ranks of a machine hold it once; an empty file cannot be mapped."""
-    if not path.stat().st_size:
-        return np.zeros(0, dtype)
-    return np.memmap(path, dtype, mode="c").view(np.ndarray)
