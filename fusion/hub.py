@@ -118,7 +118,7 @@ def _hash_all(paths: list[Path], memory: Path) -> str:
 
 
 def load_tokenizer(model: Model, folder: Path) -> Any:
-    """The model's fast tokenizer.
+    """The model's fast tokenizer, as its tokenizer.json has it.
 
     Raises:
         ValueError: there is none.
@@ -126,11 +126,44 @@ def load_tokenizer(model: Model, folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+        return _as_written(AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code), folder)
     except Exception as error:  # a missing or broken tokenizer surfaces as anything from OSError to a Rust exception
         raise ValueError(
             f"{model.name}: no tokenizer could be loaded from {folder}: {' '.join(str(error).split())[:160]}"
         ) from error
+
+
+# what tokenizers cut in different ways: digits, contractions, runs of spaces, lines, scripts, marks that compose
+_PROBES = (
+    "Hello  world! It's 12345 + 67,890.5, and they'LL DON'T stop",
+    "\n\n\t  def f(x_1):\n\n    return x!=y2;   # ok\r\n",
+    " 中文字符、日本語 한국어 Русский العربية 🙂👍🏽 e\u0301 ﬁ ½ naïve ",
+)
+
+
+def _as_written(loaded: Any, folder: Path) -> Any:
+    """A tokenizer, or one that reads as tokenizer.json says where this one does not.
+
+    transformers 5 builds many tokenizers anew by the class that a model names, with that class's way to cut words: one
+    that calls itself GPT2Tokenizer and cuts in another way, as DBRX's does, would be read as GPT-2's.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    own = type(loaded).__module__.startswith("transformers.") and type(loaded) is not PreTrainedTokenizerFast
+    if not own or not isinstance(loaded, PreTrainedTokenizerFast) or not (folder / "tokenizer.json").is_file():
+        return loaded
+    written = PreTrainedTokenizerFast.from_pretrained(folder)
+    vocabulary = written.get_vocab()
+    if vocabulary == loaded.get_vocab() and _probed(loaded) == _probed(written):
+        return loaded
+    for role in ("bos_token", "eos_token", "unk_token", "pad_token"):  # which the class may know alone
+        if getattr(written, role) is None and (token := getattr(loaded, role)) in vocabulary:
+            setattr(written, role, token)
+    return written
+
+
+def _probed(tokenizer: Any) -> list[list[int]]:
+    return [tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids for text in _PROBES]
 
 
 def template_of(model: Model) -> str:

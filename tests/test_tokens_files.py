@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from fusion import hub
+from fusion.config import Model
+from fusion.records import Sample
 from fusion.tokens.bytes import byte_table
 from fusion.tokens.files import check_files
 from fusion.tokens.render import Renderer
@@ -106,3 +110,41 @@ def test_files_that_agree_pass(byte_level_tokenizer: Any, sentencepiece_tokenize
     assert byte_table(again).digest == byte_table(grown).digest
     grown.name_or_path = ""
     check_files(grown, "from no folder")
+
+
+@pytest.mark.parametrize("called", ["GPT2Tokenizer", "Qwen2Tokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("kind", ["olmo2", "starcoder2", "llama"])
+def test_a_tokenizer_reads_as_its_file_says(tmp_path: Path, called: str, kind: str) -> None:
+    """transformers 5 builds it anew by its class, which may cut words in another way and bring tokens of its own."""
+    backend = Tokenizer(models.BPE())
+    words = pre_tokenizers.Split(Regex(r"\s?[a-z]{1,2}|\d{1,3}|."), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<end>"], initial_alphabet=alphabet)
+    backend.train_from_iterator(["the cat sat on 123 mats; the cats sat on 1234567 mats"] * 4, trainer)
+    text, folder = "  the Cats sat on 1234567 mats", tmp_path / "model"
+    expected = backend.encode(text).ids
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>").save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.update(tokenizer_class=called)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    model = Model(str(folder), "a")
+    for _ in range(2):  # and again from what was saved of it
+        loaded = hub.load_tokenizer(model, folder)
+        assert loaded.backend_tokenizer.encode(text, add_special_tokens=False).ids == expected
+        assert loaded.get_vocab() == backend.get_vocab() and loaded.eos_token == "<end>"
+        assert loaded.decode(expected) == text and loaded.unk_token in (None, *backend.get_vocab())
+        assert Renderer(loaded, "a").render(Sample("0" * 16, "d", text)).ids[1:-1].tolist() == expected
+        loaded.save_pretrained(folder)
+
+
+def test_a_class_may_know_a_token_that_no_file_names(tmp_path: Path) -> None:
+    backend = Tokenizer(models.BPE({**{c: n for n, c in enumerate("ab")}, "<|endoftext|>": 2}, []))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    loaded = hub.load_tokenizer(Model(str(tmp_path), "a"), tmp_path)
+    assert loaded.eos_token_id == 2 and loaded.encode("ab") == [0, 1]

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from fusion import cluster, tracking
+from fusion import cluster, hub, tracking
 from fusion.config import Model
 
 Score = tuple[float, float | None]  # and its standard error, where it has one
@@ -93,9 +93,10 @@ def scores(
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     tracking.say(f"tasks of {model.model}")
+    tokenizer = hub.load_tokenizer(model, folder)
     read = HFLM(
         pretrained=str(folder),
-        tokenizer=str(folder),
+        tokenizer=tokenizer if isinstance(tokenizer, transformers.PreTrainedTokenizerFast) else str(folder),
         device=str(cluster.device()),  # of several ranks accelerate decides
         dtype=cluster.precision(model.dtype),
         batch_size=batch_size,
