@@ -133,6 +133,27 @@ def load_tokenizer(model: Model, folder: Path) -> Any:
         ) from error
 
 
+def settle_tokenizer(model: Model, folder: Path) -> bool:
+    """Name a class in a checkpoint by which AutoTokenizer reads as tokenizer.json says, where it would not.
+
+    Returns:
+        Whether it does now: transformers overrules the name for some types of models.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    def settled() -> bool:
+        return type(AutoTokenizer.from_pretrained(folder)) is PreTrainedTokenizerFast
+
+    wanted, path = load_tokenizer(model, folder), folder / "tokenizer_config.json"
+    if type(wanted) is not PreTrainedTokenizerFast or settled():
+        return True
+    settings = json.loads(path.read_text()) if path.exists() else {}
+    special = {role: token for role in _ROLES if (token := getattr(wanted, role)) is not None}
+    write_json(path, {**special, **settings, "tokenizer_class": "PreTrainedTokenizerFast"})
+    return settled()
+
+
+_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 # what tokenizers cut in different ways: digits, contractions, runs of spaces, lines, scripts, marks that compose
 _PROBES = (
     "Hello  world! It's 12345 + 67,890.5, and they'LL DON'T stop",
@@ -156,7 +177,7 @@ def _as_written(loaded: Any, folder: Path) -> Any:
     vocabulary = written.get_vocab()
     if vocabulary == loaded.get_vocab() and _probed(loaded) == _probed(written):
         return loaded
-    for role in ("bos_token", "eos_token", "unk_token", "pad_token"):  # which the class may know alone
+    for role in _ROLES:  # which the class may know alone
         if getattr(written, role) is None and (token := getattr(loaded, role)) in vocabulary:
             setattr(written, role, token)
     return written

@@ -113,7 +113,7 @@ def test_files_that_agree_pass(byte_level_tokenizer: Any, sentencepiece_tokenize
 
 
 @pytest.mark.parametrize("called", ["GPT2Tokenizer", "Qwen2Tokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast"])
-@pytest.mark.parametrize("kind", ["olmo2", "starcoder2", "llama"])
+@pytest.mark.parametrize("kind", ["olmo2", "starcoder2", "llama", "qwen2"])
 def test_a_tokenizer_reads_as_its_file_says(tmp_path: Path, called: str, kind: str) -> None:
     """transformers 5 builds it anew by its class, which may cut words in another way and bring tokens of its own."""
     backend = Tokenizer(models.BPE())
@@ -131,13 +131,15 @@ def test_a_tokenizer_reads_as_its_file_says(tmp_path: Path, called: str, kind: s
     settings.update(tokenizer_class=called)
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     model = Model(str(folder), "a")
-    for _ in range(2):  # and again from what was saved of it
+    for _ in range(2):
         loaded = hub.load_tokenizer(model, folder)
         assert loaded.backend_tokenizer.encode(text, add_special_tokens=False).ids == expected
         assert loaded.get_vocab() == backend.get_vocab() and loaded.eos_token == "<end>"
         assert loaded.decode(expected) == text and loaded.unk_token in (None, *backend.get_vocab())
         assert Renderer(loaded, "a").render(Sample("0" * 16, "d", text)).ids[1:-1].tolist() == expected
-        loaded.save_pretrained(folder)
+        settled = hub.settle_tokenizer(model, folder)  # a published one is what all others load, too
+        assert settled == (AutoTokenizer.from_pretrained(folder).encode(text, add_special_tokens=False) == expected)
+        assert settled or kind == "qwen2"  # whose class transformers takes whatever is named
 
 
 def test_a_class_may_know_a_token_that_no_file_names(tmp_path: Path) -> None:

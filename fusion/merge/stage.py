@@ -80,6 +80,7 @@ def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, 
             tracking.say(f"merge.scale: {why}: {scales} is taken")
         reports = tries.keep(weights, scales)
     cluster.on_main(partial(_give_template, config, inputs, out.folder / "model"))
+    cluster.on_main(partial(_settle_tokenizer, config, out.folder / "model"))
     finite = [[s.layers, s.outside, bits] for s, bits in tried.items() if math.isfinite(bits)]
     told: dict[str, Any] = {"scale": scales.layers, "scale outside of layers": scales.outside}
     told |= {"weights": list(weights)} if weights else {}
@@ -226,6 +227,15 @@ def _give_template(config: Config, inputs: Mapping[str, Path], model: Path) -> N
     if template == "own" and chat.read(inputs["pivot"]) is not None or not Corpus(inputs["prepare"], "train").chats:
         return
     chat.write(model, PLAIN_TEMPLATE if template in ("own", "plain") else template)
+
+
+def _settle_tokenizer(config: Config, model: Path) -> None:
+    """Publish the tokenizer so that it is loaded as it was trained with."""
+    if not hub.settle_tokenizer(config.pivot, model):
+        tracking.say(
+            "  transformers reads this tokenizer otherwise than its tokenizer.json says; load the fused model's with "
+            "PreTrainedTokenizerFast.from_pretrained"
+        )
 
 
 def _clear(out: Artifact) -> None:
