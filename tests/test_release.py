@@ -250,7 +250,7 @@ def test_verdict_worse_says_than_what() -> None:
 def test_verdict_equal() -> None:
     told = verdict(summary(scored("fused", 1.60004, 0.9)))
     assert "as many as the best target llama (1.2500)" in told
-    assert told.endswith("So it is worse than none of these.")
+    assert told.endswith("So none of these is better.")
 
 
 def test_verdict_with_little_to_compare() -> None:

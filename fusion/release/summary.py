@@ -201,7 +201,7 @@ def verdict(summary: Summary) -> str:
     else:
         second = "So it is better than " + ("each of these" if len(rivals) > 1 else "it")
         if 0 in changes.values():
-            second = "So it is worse than none of these"
+            second = "So none of these is better"
     lost = [d for d in summary.domains if change(fused.bits[d], summary.pivot.bits[d]) > 0]
     if n > 1 and lost:
         second += f"; by domain it is worse than the pivot on {_listed(lost, ' and ')}"
