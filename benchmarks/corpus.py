@@ -37,6 +37,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/benchmark-corpus"))
     parser.add_argument("--child", choices=STEPS, help=argparse.SUPPRESS)
     given = common.parsed(parser)
+    if min(given.megabytes) < 1:
+        raise ValueError(f"--megabytes {min(given.megabytes)}: give numbers from 1")
     if given.child:
         print(json.dumps(measured(given.child, given.work / str(given.megabytes[0]), given.target)))
         return
@@ -47,8 +49,8 @@ def main() -> None:
             command = [sys.executable, __file__, "--child", step, "--megabytes", str(size)]
             command += ["--work", str(given.work), "--target", given.target]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-            if done.returncode:
-                raise ValueError(f"{step} of {size} MB ended with {done.returncode}")
+            if done.returncode:  # it has said why
+                raise SystemExit(done.returncode)
             figures.append({"megabytes": size, "step": step, **json.loads(done.stdout.splitlines()[-1])})
     common.show(
         f"a corpus in one process, {given.target}'s tokenizer",
@@ -77,6 +79,8 @@ def make(path: Path, megabytes: int) -> None:
 
 def measured(step: str, work: Path, target: str) -> dict[str, Any]:
     """Do one step: samples, seconds, and megabytes of memory, the process's own (not a file's) and all at the peak."""
+    if step != "prepare" and not (work / "train.parquet").exists():
+        raise ValueError(f"--only {step}: {work} is not prepared yet; name prepare too")
     renderer = common.renderer_of(target)
     before, start = _own(), time.monotonic()
     kept: Any = None

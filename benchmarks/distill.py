@@ -105,7 +105,7 @@ def steps(given: argparse.Namespace, ways: Sequence[str]) -> list[dict[str, Any]
             }
         )
     count = sum(p.numel() for p in next(iter(runs.values())).model.parameters())
-    lengths = [len(dataset.rendered(int(n)).ids) for chosen in rounds[1:] for n in chosen]
+    lengths = dataset.lengths()[np.concatenate(rounds[1:])]
     common.show(
         f"a step of {given.batch} samples of {np.mean(lengths):.0f} tokens, {count / 1e6:.0f} million weights, "
         f"{len(dataset.renderer.table):,} ids, {len(dataset.teachers)} sources, {given.device}",
@@ -180,7 +180,7 @@ class _Run:
 
     def step(self, chosen: list[int]) -> tuple[float, int]:
         """Train on some samples: seconds, and tokens without padding."""
-        tokens = sum(len(self._dataset.rendered(n).ids) for n in chosen)
+        tokens = int(self._dataset.lengths()[chosen].sum())
         self._dataset._built.clear()
         self._dataset.share_memory(1)
         prepared = self._entries(chosen) if self._way == "dense" else None
