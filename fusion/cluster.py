@@ -1,15 +1,20 @@
 """Ranks: who am I, which share of the work is mine, and where all meet. `deepspeed` is imported here and in spread."""
 
+import io
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+_LONGEST_MEETING, _LONGEST_WAIT = (
+    timedelta(minutes=30),
+    timedelta(days=7),
+)  # at the start, and in the course of the work
 _LONGEST_COMPILE_S, _LONGEST_LOOK_S = 900, 120  # of a DeepSpeed op, and of one that was compiled before
 _FIRST_S = 3  # what all ranks meet is said by the first of them, before the launcher stops the others
 _CLOSED = "closed"
@@ -35,11 +40,15 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def local_world() -> int:
+    """How many processes the launcher started on this machine."""
+    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+
+
 def cores() -> int:
     """This rank's share of its machine's cores, at least 1."""
     found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    local = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    return max(1, found // local)
+    return max(1, found // local_world())
 
 
 class Stranded(RuntimeError):
@@ -69,15 +78,21 @@ def start() -> None:
         _drop_stale_locks()
     import deepspeed
 
-    # the others wait while one rank downloads, hashes or merges what can be hundreds of gigabytes
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     try:
-        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(days=7))
-    except torch.distributed.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        port = os.environ.get("MASTER_PORT")
-        raise ValueError(f"port {port} is another run's; start this one with deepspeed --master_port NUMBER") from None
+        store, number, many = next(torch.distributed.rendezvous("env://", timeout=_LONGEST_MEETING))
+    except torch.distributed.DistError as error:
+        where = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        if "EADDRINUSE" in str(error):
+            port = os.environ.get("MASTER_PORT")
+            raise ValueError(
+                f"port {port} is another run's; start this one with deepspeed --master_port NUMBER"
+            ) from None
+        raise ValueError(f"the ranks do not meet at {where}: {' '.join(str(error).split())[:160]}") from None
+    store.set_timeout(_LONGEST_WAIT)  # while one rank downloads, hashes or merges what can be hundreds of gigabytes
+    torch.distributed.init_process_group(backend, store=store, rank=number, world_size=many, timeout=_LONGEST_WAIT)
+    with redirect_stdout(io.StringIO()):  # each rank says that its CPU op was built
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=_LONGEST_WAIT)
 
 
 def stop() -> None:

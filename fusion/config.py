@@ -1,29 +1,31 @@
 """What a user may say, one frozen dataclass a stage; `config_file.py` reads them."""
 
 from dataclasses import field
+from os.path import expanduser
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 _STRICT = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=False, allow_inf_nan=False)
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Place = Annotated[str, AfterValidator(expanduser)]  # a path, or what may be one; ~ is the user's home
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Model:
     """A model: a folder or a hub id."""
 
-    model: str
+    model: Place
     name: Name = "pivot"
-    template: str = "own"  # own | plain | the path of a Jinja file
+    template: Place = "own"  # own | plain | the path of a Jinja file
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: bfloat16 where the device has it
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     trust_remote_code: bool = False
-    cache: str | None = None  # a cache captured before, used as it is
+    cache: Place | None = None  # a cache captured before, used as it is
     parallel: Literal["none", "zero3"] = "none"  # zero3: captured with its weights spread over all ranks
     parameters: Annotated[float, Field(gt=0)] | None = None  # for --plan, while the model is not here
     active_parameters: Annotated[float, Field(gt=0)] | None = None  # those that a token passes, in a mixture of experts
@@ -33,7 +35,7 @@ class Model:
 class Dataset:
     """Samples: a JSON-lines or parquet file, a folder that `datasets` loads, or a hub id."""
 
-    data: str
+    data: Place
     domain: Name | None = None  # one domain for all rows; else the row's `domain` or `source`
     split: str = "train"
     subset: str | None = None
@@ -150,6 +152,7 @@ class Distill:
     epochs: Annotated[float, Field(gt=0)] = 1.0
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-5
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    # of norms and biases too, unless the DeepSpeed file has no `optimizer` and leaves it to transformers
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     batch_size: Positive = 16  # samples a step, all ranks together
     per_rank: Positive = 8  # samples a rank reads at once; the rest of a step is accumulated
@@ -166,7 +169,7 @@ class Distill:
     evaluations: Annotated[int, Field(ge=0)] = 4  # on the validation samples, in the course of a training
     keep: Literal["best", "last"] = "best"  # the weights of the best evaluation, or those at the end
     save_steps: Positive = 500
-    deepspeed: str = "configs/deepspeed/zero2.json"
+    deepspeed: Place = "configs/deepspeed/zero2.json"
     too_long: Literal["refuse", "skip"] = "refuse"
 
     def __post_init__(self) -> None:
@@ -260,7 +263,7 @@ class Config:
     pivot: Model
     sources: Annotated[tuple[Model, ...], Field(min_length=1)]
     prepare: Prepare
-    out: str | None = None  # default runs/NAME
+    out: Place | None = None  # default runs/NAME
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     capture: Capture = field(default_factory=Capture)
     align: Align = field(default_factory=Align)

@@ -51,9 +51,10 @@ def locate(model: Model, key: str, weights: bool = True) -> Path:
             instead = f"no weights, or only {convert}"
         raise ValueError(f"{key}: {model.model} has {instead} (*.safetensors)")
     index = folder / "model.safetensors.index.json"
+    sharded = index.is_file() and not (folder / "model.safetensors").is_file()  # else an index is an older one's
     try:
         json.loads((folder / "config.json").read_text())
-        shards = json.loads(index.read_text())["weight_map"].values() if weights and index.is_file() else ()
+        shards = json.loads(index.read_text())["weight_map"].values() if weights and sharded else ()
     except (ValueError, KeyError) as error:
         raise ValueError(f"{key}: {model.model} has a damaged config.json or index ({error})") from None
     for shard in sorted(set(shards)):
@@ -99,11 +100,11 @@ def fingerprint(folder: Path, memory: Path) -> dict[str, str]:
     """
     tokenizer = sorted(p for pattern in _TOKENIZER_FILES for p in folder.glob(pattern))
     weights = [*weight_files(folder), folder / "config.json", *sorted(folder.glob("*.py"))]
-    return {"tokenizer": _hash_all(tokenizer, memory), "weights": _hash_all(weights, memory)}
+    return {"tokenizer": _hash_all(folder, tokenizer, memory), "weights": _hash_all(folder, weights, memory)}
 
 
-def _hash_all(paths: list[Path], memory: Path) -> str:
-    """Digest of files by name and content; a file's hash is remembered while its size and time of change stay."""
+def _hash_all(folder: Path, paths: list[Path], memory: Path) -> str:
+    """Digest of a folder's files by name and content; a file's is remembered while its size and time of change stay."""
     remembered: dict[str, str] = json.loads(memory.read_text()) if memory.exists() else {}
     known, hashes = dict(remembered), {}
     for path in paths:
@@ -111,7 +112,7 @@ def _hash_all(paths: list[Path], memory: Path) -> str:
         tag = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
         if tag not in known:
             known[tag] = file_digest(path)
-        hashes[path.name] = known[tag]
+        hashes[path.relative_to(folder).as_posix()] = known[tag]
     if known != remembered:
         write_json(memory, known)
     return digest(hashes)
@@ -242,9 +243,9 @@ def fingerprint_data(data: str, memory: Path) -> str:
     """What identifies a dataset: the digest of a file's bytes, of a folder's files, or a hub id as it is."""
     path = Path(data).expanduser()
     if path.is_file():
-        return _hash_all([path], memory)
+        return _hash_all(path.parent, [path], memory)
     if path.is_dir():
-        return _hash_all([p for p in sorted(path.rglob("*")) if p.is_file()], memory)
+        return _hash_all(path, [p for p in sorted(path.rglob("*")) if p.is_file()], memory)
     return f"hub:{data}"
 
 

@@ -21,10 +21,9 @@ def main() -> int:
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries, that a log would hold line by line
     arguments = _parse()
     try:
-        rows = _measure(arguments)
+        return 0 if _measure(arguments) else 2
     except (ValueError, OSError) as error:
         return cluster.fail(error)
-    return 0 if rows else 2
 
 
 def _parse() -> argparse.Namespace:
@@ -57,8 +56,11 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row a model; all that the user can have got wrong is found before the first is measured."""
+def _measure(arguments: argparse.Namespace) -> bool:
+    """Measure and show the models, each a row; whether all of them were measured.
+
+    What the user can have got wrong is found before the first.
+    """
     import transformers
 
     from fusion import hub, tracking
@@ -82,15 +84,17 @@ def _measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     known = tasks.manager(arguments.tasks) if arguments.tasks else None
     asked = (arguments.fewshot, arguments.limit, arguments.batch_size, arguments.chat)
     rows: list[dict[str, Any]] = []
+    finished = 0
     with cluster.joined():
-        try:
+        try:  # what was measured stays, whatever comes next
             for model, folder in zip(models, folders, strict=True):
                 with _tracker(arguments, model.model) as tracker:
                     row: dict[str, Any] = {"model": model.model, "settings": _settings(arguments)}
                     if samples:
                         bits = bits_per_byte(model, folder, samples, arguments.batch_tokens)
                         row |= {"bits_per_byte": bits, "mean": sum(bits.values()) / len(bits)}
-                        _write(arguments, [*rows, row])  # what was measured stays, whatever comes next
+                        rows.append(row)
+                        _write(arguments, rows)
                     if known is not None:
                         found = tasks.scores(known, arguments.tasks, model, folder, *asked)
                         row["tasks"] = {
@@ -99,13 +103,15 @@ def _measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                             }
                             for task, metrics in found.items()
                         }
-                    rows.append(row)
-                    _write(arguments, rows)
+                        rows = [*(held for held in rows if held is not row), row]
+                        _write(arguments, rows)
                     tracker.log(_tracked(row))
-            _show(rows)
+                    finished += 1
         except KeyboardInterrupt:
-            tracking.say(f"interrupted after {len(rows)} of {len(models)} models")
-    return rows if len(rows) == len(models) else []
+            tracking.say(f"interrupted after {finished} of {len(models)} models")
+        finally:
+            _show(rows)
+    return finished == len(models)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -170,7 +176,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
 
     from fusion import tracking
 
-    if "mean" in rows[0]:
+    if rows and "mean" in rows[0]:
         table = Table(title="bits per byte (lower is better)", title_justify="left")
         table.add_column("model", overflow="fold")
         domains = list(rows[0]["bits_per_byte"])
@@ -187,7 +193,8 @@ def _show(rows: list[dict[str, Any]]) -> None:
         for row in rows:
             table.add_column(row["model"], justify="right", overflow="fold")
         for task, metric in dict.fromkeys(every):
-            table.add_row(task, metric, *(_score(row["tasks"].get(task, {}).get(metric)) for row in rows))
+            scores = (row.get("tasks", {}).get(task, {}).get(metric) for row in rows)
+            table.add_row(task, metric, *map(_score, scores))
         tracking.show(table)
 
 

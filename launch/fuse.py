@@ -38,8 +38,14 @@ def main() -> int:
             _quieten()
             costs.show(config, calibrate=not arguments.no_calibrate)
             return 0
-        _lock(config.folder, arguments.target, locks)
-        _run(config, arguments)
+        refused = None
+        try:
+            _lock(config.folder, arguments.target, locks)
+        except (ValueError, OSError) as error:
+            if cluster.world() == cluster.local_world():
+                raise
+            refused = error  # ranks on other machines wait for this one, and are to hear it
+        _run(config, arguments, refused)
     except (ValueError, OSError) as error:
         return cluster.fail(_told(error))
     except Exception as error:
@@ -116,11 +122,16 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-def _run(config: Any, arguments: argparse.Namespace) -> None:
+def _run(config: Any, arguments: argparse.Namespace, refused: Exception | None) -> None:
     from fusion import cluster, pipeline
+
+    def check() -> None:
+        if refused is not None:
+            raise refused
 
     _quieten()
     with cluster.joined():
+        cluster.on_main(check)
         pipeline.run(config, arguments.only, arguments.start, arguments.repair, arguments.target)
 
 

@@ -14,7 +14,8 @@ trap 'rm -f "$hosts"' EXIT
 scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/$/ slots=${SLURM_GPUS_ON_NODE:-8}/" >"$hosts"
 master=$(head -n 1 "$hosts" | cut -d' ' -f1)
 
-srun --nodes="$SLURM_NNODES" --ntasks-per-node=1 bash -c "
+# a launcher stops its own node's ranks where one fails; srun the other nodes'
+srun --nodes="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1 bash -c "
   deepspeed --hostfile '$hosts' --no_ssh --node_rank \$SLURM_NODEID --master_addr '$master' --master_port 29500 \
     launch/fuse.py --config '${1:?give a config}'
 "

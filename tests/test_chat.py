@@ -21,6 +21,7 @@ from test_tokens import (
     renderer,
 )
 from test_tokens_kinds import TEXTS, byte_level, sentence_piece
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from fusion.records import Carries, Rendered
@@ -112,6 +113,20 @@ def test_an_unknown_character_ends_no_turn() -> None:
     made = Renderer(tokenizer("unknown"), "my-model", template)
     rendered = made.render(chat_sample(*TALK))
     assert rendered.lossy and not (rendered.carries == Carries.END).any()
+
+
+def test_the_unknown_token_may_be_the_end_token() -> None:
+    """As in tokenizers that were trained with one special token for all."""
+    state = json.loads(tokenizer().backend_tokenizer.to_str())
+    state["model"]["unk_token"] = "</s>"
+    backend = Tokenizer.from_str(json.dumps(state))
+    template = EACH + "{{ m['content'] }}</s>" + END
+    ends = []
+    for made in (PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"), tokenizer()):
+        rendered = Renderer(made, "my-model", template).render(chat_sample(*TALK))
+        assert not rendered.lossy
+        ends.append(int((rendered.carries == Carries.END).sum()))
+    assert ends == [2, 2]
 
 
 # ---------------------------------------------------------------- literals in contents

@@ -166,10 +166,11 @@ def test_a_template_that_cannot_show_a_chat_stops_before_any_capture(
     tree["sources"][-1]["template"] = str(tmp_path / "strict.jinja")
     last = len(tree["sources"]) - 1
     line = refused(tree)
-    assert "the chat template given, on sample " in line and ": no system; " in line
+    assert "the chat template given, on sample " in line and ": no system" in line
     assert line.endswith(
-        f"set sources.{last}.template to plain or a Jinja file that shows it, or leave such chats out of prepare.data"
+        f"set sources.{last}.template to plain or a Jinja file that shows them, or leave such chats out of prepare.data"
     )
+    assert "no system (as in 1 of 2 chats); " in line
     assert not list((tmp_path / "run").glob("capture/*/*.parquet"))
 
 
@@ -349,6 +350,21 @@ def test_caches_of_other_makers(
     assert refused(tree) == f"{tmp_path}: has no manifest.json: it is not a finished stage folder; run its stage first"
 
 
+def test_a_template_whose_turns_end_in_nothing_is_told(
+    tree: dict[str, Any], run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(tracking, "say", said.append)
+    turns = [{"role": "user", "content": "Tea?"}, {"role": "assistant", "content": "Yes."}]
+    tree["prepare"]["data"][0]["data"] = str(tiny.write_lines(tmp_path / "chats.jsonl", [{"messages": turns}] * 3))
+    (tmp_path / "endless.jinja").write_text("{% for m in messages %}{{ m.role ~ ': ' ~ m.content ~ '\n' }}{% endfor %}")
+    tree["sources"][-1]["template"] = str(tmp_path / "endless.jinja")
+    assert run(tree, "--only", "prepare", "capture") == 0
+    name = tree["sources"][-1]["name"]
+    told = [line for line in said if "ends turns in no special token" in line]
+    assert len(told) == 1 and told[0].startswith(f"  {name}: ")
+
+
 def test_two_runs_do_not_write_to_one_folder(
     tree: dict[str, Any], refused: Refused, fuse: ModuleType, tmp_path: Path
 ) -> None:
@@ -358,6 +374,37 @@ def test_two_runs_do_not_write_to_one_folder(
     assert refused(tree) == line and refused(tree, "--target", "a") == line
     held[0].close()
     assert refused(tree, "--from", "merge").startswith("prepare is not finished")
+
+
+def test_what_the_first_machine_refuses_ends_the_others_too(
+    tree: dict[str, Any], fuse: ModuleType, tmp_path: Path
+) -> None:
+    held: list[IO[str]] = []
+    fuse._lock(tmp_path / "run", [], held)
+    config, port = tiny.write_config(tmp_path / "config.yaml", tree), str(tiny.free_port())
+    running = []
+    for rank in range(2):
+        own = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        command = [sys.executable, str(tiny.ROOT / "launch/fuse.py"), "--config", str(config)]
+        environment = {**ENVIRONMENT, **own, "MASTER_PORT": port}
+        running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    said = [process.communicate(timeout=120)[1] for process in running]
+    assert [process.returncode for process in running] == [2, 2], said
+    held[0].close()
+    for one in said:
+        assert only_error(one).startswith(f"out: another run is writing to {tmp_path / 'run'};")
+
+
+def test_a_rank_that_meets_no_other_says_so() -> None:
+    script = (
+        "from datetime import timedelta; from fusion import cluster\n"
+        "cluster._LONGEST_MEETING = timedelta(seconds=2)\n"
+        "try: cluster.start()\nexcept ValueError as error: cluster.end(cluster.fail(error))"
+    )
+    own = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    environment = {**ENVIRONMENT, **own, "MASTER_PORT": (port := str(tiny.free_port()))}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and only_error(done.stderr).startswith(f"the ranks do not meet at 127.0.0.1:{port}: ")
 
 
 def test_launches_of_different_targets_share_a_folder(

@@ -477,7 +477,6 @@ def test_a_block_is_left_as_it_was() -> None:
     [
         ("ties", {"density": 0}, "ties: density = 0 must be a number in (0, 1] for all models, or a list"),
         ("ties", {"density": [0.5]}, "ties: density = [0.5] has 1 numbers for 2 models; give one for each"),
-        ("ties", {"weights": [1, -1]}, "ties: weights = [1.0, -1.0] sum to 0 and cannot be normalized"),
         ("ties", {"trim": "layer"}, "ties: trim = 'layer' must be one of tensor, model"),
         ("dare_ties", {"density": 1.5}, "dare_ties: density = 1.5 must be a number in (0, 1]"),
         ("dare_linear", {"rescale": True}, "dare_linear: rescale = True must be one of paper, norm, none"),
@@ -492,3 +491,13 @@ def test_bad_parameters_are_named(name: str, given: dict[str, Any], message: str
     with pytest.raises(ValueError) as caught:
         get_method(name).check(given, 2)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["ties", "dare_ties", "dare_linear", "della", "breadcrumbs_ties", "task_arithmetic"])
+def test_a_tensor_that_no_model_is_to_change(name: str) -> None:
+    """As mergekit has it: weights that sum to 0 are not divided by that."""
+    base, *models = near(2, (40, 30))
+    for weights in ([0.0, 0.0], [0, 0]):
+        assert torch.equal(run(name, base, models, weights=weights, normalize=True).to(base.dtype), base)
+    found = run("task_arithmetic", base, models, weights=[1.0, -1.0], normalize=True)
+    assert torch.equal(found, run("task_arithmetic", base, models, weights=[1.0, -1.0], normalize=False))

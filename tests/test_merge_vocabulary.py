@@ -395,3 +395,56 @@ def test_tokenizers_of_real_models(tmp_path: Path) -> None:
     rows, theirs = embedding(joined, opened, 1), load_file(tmp_path / second / "model.safetensors")[EMBEDDING]
     for token, number in list(other.get_vocab().items())[::97]:
         assert torch.equal(rows[joined.tokens[token]], theirs[number])
+
+
+def test_a_special_token_that_only_its_class_knows_gets_a_row(tmp_path: Path) -> None:
+    """CodeLlama's `fill_token` stands in no list of the library's own kinds."""
+    one, two = made(tmp_path / "one", ["a", "b"], ["<e>"]), made(tmp_path / "two", ["b", "c"])
+    settings = json.loads((one.folder / "tokenizer_config.json").read_text())
+    settings |= {"fill_token": "<fill>", "add_bos_token": True}
+    (one.folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert join({"source": "base"}, [one, two]).tokens == {"a": 0, "b": 1, "<e>": 2, "<fill>": 3}
+
+
+def test_a_tokenizer_that_will_not_load_is_known_before_any_weight_is_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = made(tmp_path / "one", ["a", "b"], ["<e>"]), made(tmp_path / "two", ["b", "c"])
+    loads = AutoTokenizer.from_pretrained
+
+    def grown(*given: Any, **settings: Any) -> Any:
+        loaded = loads(*given, **settings)
+        loaded.add_tokens(["<of its own>"])
+        return loaded
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", grown)
+    with pytest.raises(ValueError, match="transformers gives '<of its own>' the id 4 in the place of None"):
+        join({"source": "union"}, [one, two])
+
+
+def test_a_changed_vocabulary_is_not_read_by_code_of_its_own(tmp_path: Path) -> None:
+    one, two = made(tmp_path / "one", ["a", "b"], ["<e>"]), made(tmp_path / "two", ["b", "c"])
+    settings = json.loads((one.folder / "tokenizer_config.json").read_text())
+    settings |= {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}
+    (one.folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    joined, out = join({"source": "union"}, [one, two]), tmp_path / "out"
+    out.mkdir()
+    joined.files(out)
+    assert AutoTokenizer.from_pretrained(out).get_vocab() == joined.tokens
+
+
+@pytest.mark.parametrize("called", ["backbone.embeddings.weight", "transformer.tokens_embed.weight", "head.weight"])
+def test_other_names_of_embeddings(tmp_path: Path, called: str) -> None:
+    assert join({"source": "union"}, three(tmp_path)).is_vocabulary(called, (50, 3), {"vocab_size": 50})
+
+
+def test_an_embedding_of_no_known_name_is_not_merged_row_by_row(tmp_path: Path) -> None:
+    models = three(tmp_path)
+    joined = join({"source": "union"}, models)
+    with pytest.raises(ValueError, match="odd.weight of .*two has 8 rows, as many as its vocabulary, and is no embedd"):
+        joined.refuse_unknown(1, "odd.weight", (8, 3))
+    joined.refuse_unknown(1, "odd.weight", (7, 3))
+    joined.refuse_unknown(1, "odd.bias", (8,))
+    joined.refuse_unknown(1, "transformer.wpe.weight", (8, 3))
+    alike = [made(tmp_path / name, ["a", "b"], ["<e>"]) for name in ("four", "five")]
+    join({"source": "union"}, alike).refuse_unknown(1, "odd.weight", (3, 3))

@@ -415,7 +415,7 @@ def test_what_is_missing_is_named_by_its_key(tmp_path: Path, tree: dict[str, Any
         ("model.safetensors.index.json", "{}", "has a damaged config.json or index ("),
         (
             "model.safetensors.index.json",
-            '{"weight_map": {"a": "part-2.safetensors", "b": "model.safetensors"}}',
+            '{"weight_map": {"a": "part-2.safetensors", "b": "part-1.safetensors"}}',
             "lacks part-2.safetensors, which its index names; download it again",
         ),
     ],
@@ -425,6 +425,8 @@ def test_a_damaged_model_is_named_by_its_key(
 ) -> None:
     model = copied(tmp_path, models, "b")
     (model / file).write_text(content)
+    if file != "config.json":
+        (model / "model.safetensors").rename(model / "part-1.safetensors")
     tree["sources"][1]["model"] = str(model)
     with pytest.raises(ValueError) as refused:
         planned(tiny.load(tmp_path, tree))
@@ -507,3 +509,38 @@ def test_a_target_asks_for_what_it_reads_alone(
     assert done == ["distill/control"]
     with pytest.raises(ValueError, match="capture/b is not finished and a stage that was asked for reads it"):
         pipeline.run(config, only=["distill"], targets=["b"])
+
+
+def test_an_index_beside_whole_weights_is_an_older_one(tmp_path: Path, models: dict[str, Path]) -> None:
+    folder = copied(tmp_path, models, "a")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    model = Model(str(folder), "a")
+    assert pipeline.hub.locate(model, "a") == folder
+    (folder / "model.safetensors").rename(folder / "model-00002-of-00002.safetensors")
+    with pytest.raises(ValueError, match="lacks model-00001-of-00002.safetensors, which its index names"):
+        pipeline.hub.locate(model, "a")
+
+
+def test_files_of_one_name_in_several_folders_of_a_dataset(tmp_path: Path) -> None:
+    """As in a snapshot of a hub dataset: each counts."""
+    memory, data = tmp_path / "memory.json", tmp_path / "data"
+    seen = set()
+    for text in ("one", "two"):
+        for folder in ("main", "other"):
+            (data / folder).mkdir(parents=True, exist_ok=True)
+            (data / folder / "train.jsonl").write_text(f"{text} {folder}")
+            seen.add(pipeline.hub.fingerprint_data(str(data), memory))
+    (data / "main/train.jsonl").unlink()
+    seen.add(pipeline.hub.fingerprint_data(str(data), memory))
+    assert len(seen) == 5
+    assert pipeline.hub.fingerprint_data(str(data), memory) in seen
+
+
+def test_home_is_written_short(tmp_path: Path, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    tree["out"], tree["pivot"]["model"], tree["distill"]["deepspeed"] = "~/run", "~/pivot", "~/zero2.json"
+    tree["prepare"]["data"][0]["data"] = "~/texts.jsonl"
+    config = tiny.load(tmp_path, tree)
+    found = [str(config.folder), config.pivot.model, config.distill.deepspeed, config.prepare.data[0].data]
+    assert found == [str(tmp_path / "home" / name) for name in ("run", "pivot", "zero2.json", "texts.jsonl")]

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,7 +19,9 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from rich.console import Console
 
 from fusion import config_file
-from fusion.config import Config
+from fusion.artifact import Artifact
+from fusion.config import Config, Model
+from fusion.release import stage
 from fusion.release.card import model_card
 from fusion.release.publish import publish
 from fusion.release.report import console_table, verdict, write_report
@@ -505,3 +508,38 @@ def test_publish_tells_a_failure_in_one_line(
     with pytest.raises(ValueError, match=line) as error:
         publish(checkpoint, "me/tiny", True, "hf_secret")
     assert "\n" not in str(error.value) and "hf_secret" not in str(error.value)
+
+
+def test_a_release_is_published_once_and_after_all_else(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hub that does not take it loses nothing: the next launch tries again, and that alone."""
+    said: list[str] = []
+    monkeypatch.setattr(stage.tracking, "say", said.append)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_mine")
+    told = config(tmp_path, out=str(tmp_path / "run"), release={"hub": "me/tiny"})
+    out = Artifact.planned(tmp_path / "run", "release", "", {}, {})
+    shutil.copytree(checkpoint, out.folder / "checkpoint", ignore=shutil.ignore_patterns("run"))
+    write_report(summary(), out.folder)
+    monkeypatch.setattr(Hub, "fails", ConnectionError("no route"))
+    with pytest.raises(ValueError, match="release.hub: me/tiny could not be published"):
+        stage.announce(told, out)
+    assert (tmp_path / "run/fused").is_symlink() and "checkpoint" in said[-1]
+    monkeypatch.setattr(Hub, "fails", None)
+    stage.announce(told, out)
+    assert ("upload", ("me/tiny", out.folder / "checkpoint")) in Hub.asked
+    Hub.asked = []
+    stage.announce(told, out)
+    assert not Hub.asked and said.count("published   https://huggingface.co/me/tiny") == 2
+
+
+def test_a_source_without_a_figure_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(stage.tracking, "say", said.append)
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(stage, "bits_per_byte", lambda *_: {"math": 1.0, "code": math.nan})
+    told, model = config(tmp_path), Model(str(tmp_path), "qwen")
+    assert stage._measure(told, "source", model, tmp_path, []) is None
+    assert said == ["  qwen: its logits are not finite on held-out samples (code); it is not shown"]
+    with pytest.raises(ValueError, match="qwen: nan bits per byte on code"):
+        stage._measure(told, "pivot", model, tmp_path, [])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import ROOT, write_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -116,6 +118,39 @@ def test_a_task_file_that_cannot_be_read(task: Path) -> None:
         task.write_text(broken)
         with pytest.raises(ValueError, match=f"^--tasks: .*pick.yaml {said}"):
             tasks.manager([str(task)])
+
+
+def test_a_model_that_is_not_whole_is_no_model(folder: Path, task: Path, tmp_path: Path) -> None:
+    """The harness would draw the weights that are missing, and give the scores of those."""
+    known, broken = tasks.manager([str(task)]), tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    held = load_file(broken / "model.safetensors")
+    save_file({n: w for n, w in held.items() if "layers.1." not in n}, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="^a: .*broken lacks weights: model.layers.1."):
+        tasks.scores(known, [str(task)], Model(str(broken), "a", dtype="float32"), broken)
+    (broken / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:999])
+    with pytest.raises(ValueError, match="^a: .*broken does not load"):
+        tasks.scores(known, [str(task)], Model(str(broken), "a", dtype="float32"), broken)
+
+
+def test_a_task_whose_data_cannot_be_had_is_one_line(folder: Path, task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import lm_eval
+
+    def raises(**_: Any) -> None:
+        raise RuntimeError("Dataset scripts are no longer supported")
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", raises)
+    with pytest.raises(ValueError, match="^--tasks .*: cannot be asked: RuntimeError: Dataset scripts"):
+        tasks.scores(tasks.manager([str(task)]), [str(task)], Model(str(folder), "a", dtype="float32"), folder)
+
+
+def test_what_was_measured_is_shown_when_a_later_model_fails(folder: Path, tmp_path: Path) -> None:
+    write_lines(tmp_path / "texts.jsonl", [{"text": "the cat sat on the mat"}])
+    shutil.copytree(folder, tmp_path / "broken")
+    (tmp_path / "broken/model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:999])
+    done = launched(folder, tmp_path / "broken", "--data", tmp_path / "texts.jsonl", "--domain", "d")
+    assert done.returncode == 2 and done.stderr.startswith("error: model-2: ") and done.stderr.count("\n") == 1
+    assert "bits per byte" in done.stdout and done.stdout.count("\u2502") == 4
 
 
 def test_bits_per_byte_stay_when_a_task_fails(folder: Path, task: Path, tmp_path: Path) -> None:

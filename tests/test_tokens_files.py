@@ -1,5 +1,6 @@
 """A tokenizer whose files disagree is refused by name: transformers would mend it with ids that the model never saw."""
 
+import io
 import json
 import re
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -150,3 +152,24 @@ def test_a_class_may_know_a_token_that_no_file_names(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     loaded = hub.load_tokenizer(Model(str(tmp_path), "a"), tmp_path)
     assert loaded.eos_token_id == 2 and loaded.encode("ab") == [0, 1]
+
+
+def test_a_tokenizer_in_a_sentencepiece_file_alone(tmp_path: Path) -> None:
+    trained = io.BytesIO()
+    texts = [f"the cat sat on {n} mats and the dog on {n + 1}" for n in range(200)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=trained,
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=1.0,
+        minloglevel=2,
+    )
+    (tmp_path / "tokenizer.model").write_bytes(trained.getvalue())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    expected = sentencepiece.SentencePieceProcessor(model_proto=trained.getvalue())
+    loaded = hub.load_tokenizer(Model(str(tmp_path), "a"), tmp_path)
+    for text in ("the cat sat", "dogs on 123 mats"):
+        assert loaded.encode(text, add_special_tokens=False) == expected.encode(text)

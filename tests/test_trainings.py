@@ -46,6 +46,7 @@ OTHERS: Mapping[str, Mapping[str, Any]] = {
     "frozen2": {"freeze_embeddings": True, "gradient_checkpointing": True},
     "frozen3": {"freeze_embeddings": True, "zero": "zero3.json"},
     "poisoned": {"poisoned": 5},
+    "burst": {"burst_at": 4, "save_steps": 2, "zero": "zero0.json"},
     "no-norm": {"no_norm_at": 3, "save_steps": 2},
 }
 ALONE: Mapping[str, Mapping[str, Any]] = {
@@ -238,17 +239,25 @@ def test_what_is_no_number_stops_all_ranks_and_names_samples(together: Path) -> 
     assert errors[0] == errors[1] and "the gradient is not finite at step 3, samples " in errors[0]
     assert errors[0].count(",") >= 4 and errors[0].endswith("checkpoint-2 is kept")
     assert (together / "no-norm-work/checkpoint-2" / LAYOUT).exists()
+    errors = [(together / f"burst-{rank}.error").read_text() for rank in range(2)]
+    assert errors[0] == errors[1] and "the gradient is not finite at step 4, samples " in errors[0]
+    assert [path.name for path in (together / "burst-work").glob("checkpoint-*")] == ["checkpoint-2"]
 
 
 def test_a_killed_rank_changes_nothing(tmp_path: Path, together: Path, pivot: Path, run: Run) -> None:
-    """Killed after step 8, it goes on from step 6: to the same bytes on as many ranks, to near ones on others."""
+    """Killed in its second epoch, it goes on from step 9: to the same bytes on as many ranks, to near ones on others.
+
+    How often it saves is as it is told then.
+    """
     saved = {"save_steps": 3}
     folder = made(tmp_path / "killed", pivot)
-    assert run(folder, 2, {"zero2": {**saved, "kill_at": 8, "kill_rank": 1}}) != 0
-    assert not (folder / "zero2.json").exists() and (folder / "zero2-work/checkpoint-6" / LAYOUT).exists()
+    assert run(folder, 2, {"zero2": {**saved, "kill_at": 11, "kill_rank": 1}}) != 0
+    assert not (folder / "zero2.json").exists() and (folder / "zero2-work/checkpoint-9" / LAYOUT).exists()
     moved = tmp_path / "moved"
     shutil.copytree(folder, moved)
-    assert run(folder, 2, {"zero2": saved}) == 0, (folder / "log").read_text()[-3000:]
+    often = {"save_steps": 5}
+    assert run(folder, 2, {"zero2": often}) == 0, (folder / "log").read_text()[-3000:]
+    assert {path.name for path in (folder / "zero2-work").glob("checkpoint-*")} == {"checkpoint-10", "checkpoint-14"}
     assert far(weights(folder, "zero2"), weights(together, "zero2")) == 0
     assert curve(folder, "zero2") == curve(together, "zero2")
     assert curve(folder, "zero2", "bits_per_byte") == curve(together, "zero2", "bits_per_byte")
@@ -256,7 +265,7 @@ def test_a_killed_rank_changes_nothing(tmp_path: Path, together: Path, pivot: Pa
     assert run(moved, 1, {"refused": refused, "zero2": saved}) == 0, (moved / "log").read_text()[-3000:]
     said = "zero2-work holds checkpoints of 2 ranks, ZeRO-2, float32 and this run has 1 ranks, ZeRO-3, float32; "
     assert said in (moved / "refused-0.error").read_text()
-    assert "checkpoint-6 of 2 ranks is divided anew for 1" in (moved / "log").read_text()
+    assert "checkpoint-9 of 2 ranks is divided anew for 1" in (moved / "log").read_text()
     assert curve(moved, "zero2") == pytest.approx(curve(together, "zero2"), rel=1e-5)
     assert far(weights(moved, "zero2"), weights(together, "zero2")) < 1e-5
 

@@ -52,6 +52,7 @@ def main(folder: Path, name: str, asked: dict[str, Any]) -> None:
     texts = samples(asked.pop("samples", 26), seed=3, words=30)
     kill_at, kill_rank = asked.pop("kill_at", None), asked.pop("kill_rank", None)
     poisoned, no_norm_at = asked.pop("poisoned", None), asked.pop("no_norm_at", None)
+    burst_at = asked.pop("burst_at", None)
     work = folder / f"{asked.pop('work', name)}-work"
     lora, pivot = asked.pop("lora", None), folder / asked.pop("pivot", "pivot")
     settings = Distill(
@@ -81,6 +82,8 @@ def main(folder: Path, name: str, asked: dict[str, Any]) -> None:
         dataset[poisoned].taught.probs[3] = np.nan
     if no_norm_at is not None:
         _no_norm_at(no_norm_at)
+    if burst_at is not None:
+        _burst_at(burst_at)
     dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
     try:
         trainer, figures = train(
@@ -129,6 +132,20 @@ def _no_norm_at(step: int) -> None:
     def patched(self: Any) -> None:
         begun(self)
         self.model_wrapped.get_global_grad_norm = lambda: math.inf if self.state.global_step == step else 1.0
+
+    module.FusionTrainer.check_model = patched  # type: ignore[method-assign]
+
+
+def _burst_at(step: int) -> None:
+    """In this step a gradient overflows, whose loss is finite."""
+    from fusion.distill import trainer as module
+
+    begun = module.FusionTrainer.check_model
+
+    def patched(self: Any) -> None:
+        begun(self)
+        weight = next(iter(self.model.parameters()))
+        weight.register_hook(lambda grad: grad + math.inf if self.state.global_step == step - 1 else grad)
 
     module.FusionTrainer.check_model = patched  # type: ignore[method-assign]
 

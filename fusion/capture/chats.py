@@ -1,53 +1,78 @@
 """Whether all models' templates can show the chats: asked before hours of reading, not within them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
-from fusion import hub
+from fusion import hub, tracking
 from fusion.config import Config
 from fusion.corpus import Corpus
-from fusion.records import Sample
+from fusion.records import Carries, Sample
 from fusion.tokens.render import Renderer
 
-_GROUPS = 64  # of a part that are looked through; samples stand in the order of their hashes
-_FIRST, _ORDERS = 64, 256  # chats of a part that are tried whatever they are, and orders of roles
+_GROUPS = 64  # of a part from which chats are read whole; samples stand in the order of their hashes
+_FIRST, _ORDERS = 64, 256  # chats of a part that are read whole whatever they are, and orders of roles
+_ANSWERED = "assistant"
 
 
 def try_templates(config: Config, folders: Mapping[str, Path], prepared: Path) -> None:
-    """Render chats by all that will read them: one of each order of roles, and the first ones of each part.
+    """Show all chats by the template of each model that will read them, and read some whole.
+
+    Says so where no turn of these ends in a token that a target could learn to stop by.
 
     Args:
         folders: the models', by name.
         prepared: the finished folder of the stage prepare.
 
     Raises:
-        ValueError: a template refuses a chat, or changes what is said in it.
+        ValueError: a template refuses chats, or changes what is said in them.
     """
-    chats = {part: _some(Corpus(prepared, part)) for part in ("train", "validation", "heldout")}
+    parts = {part: Corpus(prepared, part) for part in ("train", "validation", "heldout")}
+    parts = {part: corpus for part, corpus in parts.items() if corpus.chats}
+    some = {part: _some(corpus) for part, corpus in parts.items()}
     keys = {model.name: f"sources.{n}.template" for n, model in enumerate(config.sources)}
     for model in (config.pivot, *(source for source in config.sources if source.cache is None)):
-        reads = [sample for part in chats if model is config.pivot or part != "validation" for sample in chats[part]]
+        reads = [part for part in parts if model is config.pivot or part != "validation"]
         if not reads:
             continue
         renderer = Renderer(hub.load_tokenizer(model, folders[model.name]), model.name, hub.template_of(model))
-        for sample in reads:
-            try:
-                renderer.render(sample)
-            except ValueError as error:
-                raise ValueError(
-                    f"{error}; set {keys.get(model.name, 'pivot.template')} to plain or a Jinja file that shows it, or "
-                    "leave such chats out of prepare.data"
-                ) from error
+        remedy = f"set {keys.get(model.name, 'pivot.template')} to plain or a Jinja file"
+        try:
+            _show_all(renderer, (sample for part in reads for sample in _chats(parts[part])))
+            found = [renderer.render(sample) for part in reads for sample in some[part]]
+            answered = any(message.role == _ANSWERED for part in reads for s in some[part] for message in s.messages)
+            if answered and not any((shown.carries == Carries.END).any() for shown in found):
+                tracking.say(
+                    f"  {model.name}: its chat template ends turns in no special token, so that nothing teaches to "
+                    f"stop; {remedy} that ends them in one"
+                )
+        except ValueError as error:
+            raise ValueError(f"{error}; {remedy} that shows them, or leave such chats out of prepare.data") from error
+
+
+def _show_all(renderer: Renderer, chats: Iterator[Sample]) -> None:
+    """ValueError with the first chat that the template cannot show, and how many there are of them."""
+    first, refused, count = None, 0, 0
+    for sample in chats:
+        count += 1
+        try:
+            renderer.check(sample)
+        except ValueError as error:
+            first, refused = first or error, refused + 1
+    if first is not None:
+        raise ValueError(f"{first} (as in {refused} of {count} chats)") from first
 
 
 def _some(corpus: Corpus) -> list[Sample]:
-    if not corpus.chats:
-        return []
-    samples = (sample for n in range(min(corpus.groups, _GROUPS)) for sample in corpus.group(n))
-    chats = [sample for sample in samples if sample.messages]
+    chats = list(_chats(corpus, _GROUPS))
     orders: dict[tuple[str, ...], Sample] = {}
     for sample in chats:
         orders.setdefault(tuple(message.role for message in sample.messages), sample)
     found = [*chats[:_FIRST], *islice(orders.values(), _ORDERS)]
     return list({sample.id: sample for sample in found}.values())
+
+
+def _chats(corpus: Corpus, groups: int | None = None) -> Iterator[Sample]:
+    """Those of the first so many groups, or of all."""
+    for n in range(corpus.groups if groups is None else min(corpus.groups, groups)):
+        yield from (sample for sample in corpus.group(n) if sample.messages)

@@ -21,11 +21,16 @@ class StepOrder(Sampler[int]):
 
     def __init__(self, count: int, batch_size: int, seed: int):
         self._count, self._seed, self._epoch = count, seed, 0
-        self._length = -(-count // batch_size) * batch_size
+        self._steps = -(-count // batch_size)
+        self._length = self._steps * batch_size
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the loader before each."""
         self._epoch = epoch
+
+    def go_on(self, step: int) -> None:
+        """Take the epoch that a step, counted over all epochs, is in."""
+        self._epoch = step // self._steps
 
     def __len__(self) -> int:
         return self._length

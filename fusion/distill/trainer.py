@@ -142,7 +142,8 @@ class FusionTrainer(Trainer):
         return self.train_dataset
 
     def _get_train_sampler(self, train_dataset: Any = None) -> StepOrder:
-        return StepOrder(len(self._dataset), self._settings.batch_size, self.args.seed)
+        self.order = StepOrder(len(self._dataset), self._settings.batch_size, self.args.seed)
+        return self.order
 
     def _prepare_input(self, data: Any) -> Any:
         """On the device, in its own type: Trainer would round probabilities and weights to the model's bfloat16."""
@@ -188,7 +189,10 @@ class FusionTrainer(Trainer):
     def check_gradient(self) -> None:
         """Stop, before anything is saved, where the step that was done had a gradient that is no number."""
         norm = getattr(self.model_wrapped, "get_global_grad_norm", lambda: None)()
-        if norm is not None and not math.isfinite(float(norm)):
+        if norm is None:  # ZeRO-0 in float32 keeps none; by now such a gradient is in the weights, which all ranks have
+            learned = [weight.detach() for weight in self.model_wrapped.parameters() if weight.requires_grad]
+            norm = torch.nn.utils.get_total_norm(learned, math.inf)
+        if not math.isfinite(float(norm)):
             raise self._stop("gradient", torch.cat(self._read))
 
     def _stop(self, what: str, samples: torch.Tensor) -> ValueError:
@@ -314,12 +318,17 @@ class _Watch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The engine is there, and no step was done."""
+        state.save_steps, state.logging_steps = args.save_steps, args.logging_steps  # not those of the checkpoint
         own_steps(self._trainer.model_wrapped)
         if state.global_step >= state.max_steps:
             raise _Done
         start = time.monotonic()
         self._trainer.check_model()
         self._trainer.figures.leave_out(time.monotonic() - start)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """An epoch begins, or is gone on with: there Trainer wraps the sampler once more and does not reach it."""
+        self._trainer.order.go_on(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """A step was done, and nothing of it is saved."""

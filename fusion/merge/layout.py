@@ -255,8 +255,12 @@ class _Plan:
 
     def _view(self, model: Model, name: str) -> View:
         view = model.view(name)
-        if self._joined is not None and self._joined.is_vocabulary(name, view.shape, model.config):
+        if self._joined is None:
+            return view
+        if self._joined.is_vocabulary(name, view.shape, model.config):
             return self._joined.view(self._number[model.spec], name, view)
+        if model.layers.place(name) is None:
+            self._joined.refuse_unknown(self._number[model.spec], name, view.shape)
         return view
 
     def _statistics_of(self, row: _Row, views: Sequence[View]) -> tuple[View, ...]:

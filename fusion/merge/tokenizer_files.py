@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,6 @@ SETTINGS = "tokenizer_config.json"
 _OLDER = ("added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken", "*.model")
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", *_OLDER)
 _FILES = (*_TOKENIZER, "chat_template*", "additional_chat_templates/*", "generation_config.json")
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _SPECIALS = ("additional_special_tokens", "extra_special_tokens")
 _FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
 _NEVER = -1e9  # the score of a piece that is taken where nothing else is left
@@ -116,11 +116,28 @@ def added_token(content: str, number: int, like: Mapping[str, Any] | None = None
     return {"id": number, "content": content, **_flags(like or {})}
 
 
+def check_tokenizer(vocabulary: Vocabulary, config: Mapping[str, Any]) -> None:
+    """ValueError where transformers gives a token of a changed vocabulary another id, beside such a config.json."""
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        (out / "config.json").write_text(json.dumps(config))
+        write_tokenizer(vocabulary, out, changed=True)
+        try:
+            found = AutoTokenizer.from_pretrained(out, trust_remote_code=False).get_vocab()
+        except Exception as error:  # a broken tokenizer surfaces as anything from OSError to a Rust exception
+            why = " ".join(str(error).split())[:160]
+            raise ValueError(
+                f"{vocabulary.folder}: its tokenizer cannot take the tokens of the others ({why})"
+            ) from error
+    _same(vocabulary, found, "transformers")
+
+
 def write_tokenizer(vocabulary: Vocabulary, out: Path, changed: bool) -> None:
     """Put a tokenizer's files into `out` in the place of those that are there.
 
-    `changed`: the vocabulary is not the one of its folder any more; then it is loaded once to see that it is whole.
-    Raises ValueError where transformers gives a token another id.
+    `changed`: the vocabulary is not the one of its folder any more; a class of its own would not read it.
     """
     for path in _paths(out, _FILES):
         path.unlink()
@@ -132,9 +149,12 @@ def write_tokenizer(vocabulary: Vocabulary, out: Path, changed: bool) -> None:
             shutil.copyfile(path, target)
     if changed:
         (out / BACKEND).write_text(json.dumps(vocabulary.backend, ensure_ascii=False, indent=1), encoding="utf-8")
-        if vocabulary.settings:
-            (out / SETTINGS).write_text(json.dumps(vocabulary.settings, ensure_ascii=False, indent=2), encoding="utf-8")
-        _check_loaded(vocabulary, out)
+        settings = vocabulary.settings
+        if "auto_map" in settings:
+            settings = {key: value for key, value in settings.items() if key != "auto_map"}
+            settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if settings:
+            (out / SETTINGS).write_text(json.dumps(settings, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
 def _paths(folder: Path, patterns: Iterable[str]) -> list[Path]:
@@ -150,8 +170,8 @@ def _learned(backend: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _named(settings: Mapping[str, Any]) -> list[str]:
-    """The special tokens that tokenizer_config.json names."""
-    found = [settings.get(key) for key in _SPECIAL]
+    """The special tokens that tokenizer_config.json names, those of a class among them (CodeLlama's `fill_token`)."""
+    found = [value for key, value in settings.items() if key.endswith("_token")]
     for key in _SPECIALS:
         several = settings.get(key) or []
         found += several.values() if isinstance(several, dict) else several
@@ -185,12 +205,6 @@ def _check_backend(vocabulary: Vocabulary) -> None:
         why = " ".join(str(error).split())[:160]
         raise ValueError(f"{vocabulary.folder}: its tokenizer cannot hold the tokens of the others ({why})") from error
     _same(vocabulary, found, "the tokenizers library")
-
-
-def _check_loaded(vocabulary: Vocabulary, out: Path) -> None:
-    from transformers import AutoTokenizer
-
-    _same(vocabulary, AutoTokenizer.from_pretrained(out).get_vocab(), "transformers")
 
 
 def _same(vocabulary: Vocabulary, found: Mapping[str, int], reader: str) -> None:

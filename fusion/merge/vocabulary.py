@@ -25,6 +25,7 @@ from fusion.merge.tokenizer_files import (
     Vocabulary,
     added_token,
     can_hold_idle,
+    check_tokenizer,
     extended,
     read_vocabulary,
     tokenizer_json,
@@ -33,7 +34,18 @@ from fusion.merge.tokenizer_files import (
 )
 
 REMEDY = "join them by token with `tokenizer: {source: union}`"
-_MODULES = {"embed_tokens", "wte", "lm_head", "embed_in", "embed_out", "word_embeddings", "tok_embeddings", "output"}
+# what architectures call their embedding and their head, here and where their own code makes them
+_MODULES = {
+    "embed_tokens",
+    "wte",
+    "embed_in",
+    "word_embeddings",
+    "tok_embeddings",
+    "embeddings",
+    "tokens_embed",
+    "shared",
+}
+_MODULES |= {"word_embedding", "input_embedding", "lm_head", "embed_out", "output", "output_layer", "head"}
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -141,6 +153,8 @@ class Joined:
         self.rows = -(-count // multiple) * multiple
         self._own = np.stack([self._rows_of(number) for number in range(len(checkpoints))])
         self._given, self._given_row, self._forced = self._defaults()
+        if self._changed:
+            check_tokenizer(self._result, self.config(checkpoints[self._root].config))
 
     @property
     def digest(self) -> str:
@@ -152,6 +166,19 @@ class Joined:
         """Whether a model's tensor has a row for each token: its embedding, its output head, or the head's bias."""
         module = name.split(".")[-2] if "." in name else name
         return len(shape) in (1, 2) and module in _MODULES and shape[0] == vocabulary_rows(config)
+
+    def refuse_unknown(self, which: int, name: str, shape: tuple[int, ...]) -> None:
+        """ValueError for a tensor outside of layers that is as long as the vocabulary, where rows would move."""
+        rows = vocabulary_rows(self._checkpoints[which].config)
+        positions = "pos" in name or ".wpe." in name
+        still = (
+            self.rows == rows and (self._own[which] == np.where(self._own[which] < 0, -1, np.arange(self.rows))).all()
+        )
+        if len(shape) == 2 and shape[0] == rows and not positions and not still:
+            raise ValueError(
+                f"tokenizer: {name} of {self._checkpoints[which].folder} has {rows} rows, as many as its vocabulary, "
+                "and is no embedding or head that is known here; vocabularies of this architecture cannot be joined"
+            )
 
     def view(self, which: int, name: str, view: View) -> View:
         """The tensor of a model, by its number, with the rows of the joined vocabulary; in its own type."""
@@ -185,7 +212,7 @@ class Joined:
         return changed
 
     def files(self, out: Path) -> None:
-        """Write the joined tokenizer's files in the place of those in `out`; ValueError where it does not load."""
+        """Write the joined tokenizer's files in the place of those in `out`."""
         write_tokenizer(self._result, out, self._changed)
 
     def _read(self) -> list[Vocabulary]:

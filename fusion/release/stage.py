@@ -1,6 +1,7 @@
 """Release: the fused checkpoint with its card, measured against everything that went in."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -37,7 +38,8 @@ def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, 
     control, and the folders of the stages in between under their labels.
     """
     heldout = list(Corpus(inputs["prepare"], "heldout"))
-    scored = [_measure(config, *entry, heldout) for entry in _models(config, inputs)]
+    measured = [_measure(config, *entry, heldout) for entry in _models(config, inputs)]
+    scored = [model for model in measured if model is not None]
     merged = read_manifest(inputs["merge"])["facts"]
     summary = Summary(
         name=config.name,
@@ -77,7 +79,11 @@ def run(config: Config, inputs: Mapping[str, Path], out: Artifact) -> dict[str, 
 
 
 def announce(config: Config, out: Artifact) -> None:
-    """Print the table, and where checkpoint and report are."""
+    """Print the table, and where checkpoint and report are; publish the checkpoint, once.
+
+    Raises:
+        ValueError: the hub does not take it; all else is finished, and the next launch does this alone.
+    """
     names = {"fused": out.folder / "checkpoint", "report.html": out.folder / "report.html"}
     for name, target in names.items():
         cluster.on_main(partial(_point, config.folder / name, target))
@@ -86,6 +92,16 @@ def announce(config: Config, out: Artifact) -> None:
     tracking.say(verdict(summary))
     tracking.say(f"report      {config.folder / 'report.html'}")
     tracking.say(f"checkpoint  {config.folder / 'fused'}")
+    if config.release.hub:
+        tracking.say(f"published   {cluster.on_main(partial(_published, config, out.folder))}")
+
+
+def _published(config: Config, folder: Path) -> str:
+    """Where the checkpoint is on the hub."""
+    told = folder / "published"
+    if not told.exists():
+        told.write_text(publish(folder / "checkpoint", str(config.release.hub), config.release.private))
+    return told.read_text()
 
 
 def _models(config: Config, inputs: Mapping[str, Path]) -> list[tuple[str, Model, Path]]:
@@ -103,9 +119,14 @@ def _models(config: Config, inputs: Mapping[str, Path]) -> list[tuple[str, Model
     return found
 
 
-def _measure(config: Config, role: Any, model: Model, folder: Path, heldout: list) -> Scored:
+def _measure(config: Config, role: Any, model: Model, folder: Path, heldout: list) -> Scored | None:
+    """None for a source that has no figure: with `capture.on_nonfinite: skip` it may have taught all the same."""
     bits = bits_per_byte(model, folder, heldout, config.release.batch_tokens)
     mean = sum(bits.values()) / len(bits)
+    if role == "source" and not math.isfinite(mean):
+        where = ", ".join(domain for domain, value in bits.items() if not math.isfinite(value))
+        tracking.say(f"  {model.name}: its logits are not finite on held-out samples ({where}); it is not shown")
+        return None
     settings = json.loads((folder / "config.json").read_text())
     architecture = (settings.get("architectures") or ["?"])[0]
     return Scored(model.name, role, bits, mean, hub.count_parameters(folder), architecture, model.model)
@@ -150,8 +171,6 @@ def _write(config: Config, model: Path, summary: Summary, out: Artifact) -> None
     shutil.copytree(model, checkpoint, copy_function=_link_or_copy)
     (checkpoint / "README.md").write_text(model_card(summary, config))
     write_report(summary, out.folder)
-    if config.release.hub:
-        tracking.say(f"published   {publish(checkpoint, config.release.hub, config.release.private)}")
 
 
 def _link_or_copy(source: str, target: str) -> str:

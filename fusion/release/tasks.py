@@ -81,7 +81,7 @@ def scores(
         on the others.
 
     Raises:
-        ValueError: a task that cannot be asked, or data that cannot be had.
+        ValueError: a task that cannot be asked, data that cannot be had, or a model that does not load.
     """
     import datasets
     import jinja2
@@ -94,7 +94,14 @@ def scores(
     transformers.logging.set_verbosity_error()
     tracking.say(f"tasks of {model.model}")
     tokenizer = hub.load_tokenizer(model, folder)
-    read = HFLM(
+
+    class Read(HFLM):
+        """The harness would fill weights that a checkpoint lacks at random."""
+
+        def _create_model(self, *_: Any, **__: Any) -> None:
+            self._model = hub.load_model(model, folder).to(self.device)
+
+    read = Read(
         pretrained=str(folder),
         tokenizer=tokenizer if isinstance(tokenizer, transformers.PreTrainedTokenizerFast) else str(folder),
         device=str(cluster.device()),  # of several ranks accelerate decides
@@ -102,7 +109,7 @@ def scores(
         batch_size=batch_size,
     )
     broken = (KeyError, TypeError, AttributeError, ImportError, AssertionError, IndexError, ZeroDivisionError)
-    wrong = (*broken, jinja2.TemplateError, datasets.exceptions.DatasetsError)
+    wrong = (*broken, RuntimeError, jinja2.TemplateError, datasets.exceptions.DatasetsError)
     try:
         with _without_bars():
             found = lm_eval.simple_evaluate(

@@ -7,9 +7,9 @@ into the first word); place 1 + b is "b bytes read". Two tokenizers that stand a
 next-token distribution can teach the other's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from fusion.tokens.files import check_files
 from fusion.tokens.locate import Content, locate
 from fusion.tokens.place import Tokens, bytes_before, place
 
+T = TypeVar("T")
 GAP = 4096  # more than any token is long: one that runs over a segment's end does not reach the next
 
 PLAIN_TEMPLATE = (
@@ -111,12 +112,8 @@ class Renderer:
         return self._lay(Tokens.joined(parts), [_Span(0, size, 0, size, stop)])
 
     def _chat(self, sample: Sample) -> Rendered:
-        try:
-            text, contents = self._show(sample.messages)
-            enders = self._enders(sample.messages)
-        except Exception as error:  # Jinja templates raise what they like to refuse a chat
-            why = " ".join(str(error).split())[:200]
-            raise ValueError(f"{self.name}: {self._called}, on sample {sample.id}: {why}") from error
+        text, contents = self._shown(sample, lambda: self._show(sample.messages))
+        enders = self._shown(sample, lambda: self._enders(sample.messages))
         tokens = self._encode_chat(text, contents)
         before = bytes_before(text)
         spans = []
@@ -130,6 +127,19 @@ class Renderer:
                 spans.append(_Span(start, stop, lead, len(whole.encode()), end))
         return self._lay(tokens, spans)
 
+    def check(self, sample: Sample) -> None:
+        """ValueError, as `render` raises it, where the template cannot show a chat: a fiftieth of its work."""
+        self._shown(
+            sample, lambda: [self._show(told) for told in (sample.messages, _answered(sample.messages)) if told]
+        )
+
+    def _shown(self, sample: Sample, show: Callable[[], T]) -> T:
+        try:
+            return show()
+        except Exception as error:  # Jinja templates raise what they like to refuse a chat
+            why = " ".join(str(error).split())[:200]
+            raise ValueError(f"{self.name}: {self._called}, on sample {sample.id}: {why}") from error
+
     def _show(self, messages: Sequence[Message]) -> tuple[str, list[Content]]:
         """A chat as the template renders it, and where its contents lie in that."""
         text = self._apply(messages)
@@ -141,9 +151,8 @@ class Renderer:
         What follows another turn proves nothing: where the template ends turns by nothing, it opens the next.
         """
         enders = set() if self.end_id is None else {self.end_id}
-        last = max((n for n, m in enumerate(messages) if m.role == "assistant"), default=None)
-        if last is not None:
-            text, contents = self._show(messages[: last + 1])
+        if answered := _answered(messages):
+            text, contents = self._show(answered)
             tokens = self._encode_chat(text, contents)
             after = self._control_after(tokens, int(bytes_before(text)[contents[-1].stop]))
             enders |= set() if after is None else {tokens.ids[after]}
@@ -225,8 +234,8 @@ class Renderer:
         """Index of the control token that follows byte `stop` with nothing but white space between, if one does."""
         for n in np.flatnonzero(tokens.starts >= stop):
             i = tokens.ids[n]
-            if i == self.table.unknown or self.table.pieces[i].strip():
-                return None
+            if (i == self.table.unknown and tokens.ends[n] < 0) or self.table.pieces[i].strip():
+                return None  # a character without a token; as the template's own, the unknown token may be the end too
             if self.table.kinds[i] == Kind.CONTROL:
                 return int(n)
         return None
@@ -234,6 +243,11 @@ class Renderer:
     def _apply(self, messages: Any) -> str:
         chat = [{"role": m.role, "content": m.content} for m in messages]
         return str(self._tokenizer.apply_chat_template(chat, chat_template=self._template, tokenize=False))
+
+
+def _answered(messages: Sequence[Message]) -> Sequence[Message]:
+    """A chat up to its last answer; none where it has none."""
+    return messages[: max((n for n, m in enumerate(messages) if m.role == "assistant"), default=-1) + 1]
 
 
 def _own_template(tokenizer: Any, name: str) -> str:

@@ -46,7 +46,6 @@ class Sampling(Weighing):
     rescale: Literal["paper", "norm", "none"] = "paper"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for density, epsilon in zip(self.density, self.epsilon, strict=True):
             if density < 1 and epsilon >= min(density, 1 - density):
                 raise ValueError(

@@ -65,8 +65,19 @@ def shares(weights: tuple[float, ...], normalize: bool) -> list[float]:
     """The weights, divided by their sum if `normalize`; ValueError where that sum is 0."""
     if not normalize:
         return list(weights)
-    total = sum(weights)
-    # A sum that is only the rounding of one that cancels would blow the weights up just the same.
-    if abs(total) <= 1e-12 * sum(map(abs, weights)):
+    if _cancels(weights):
         raise ValueError(f"weights = {list(weights)} sum to 0 and cannot be normalized; set normalize: false")
-    return [weight / total for weight in weights]
+    return [weight / sum(weights) for weight in weights]
+
+
+def update_shares(weights: tuple[float, ...], normalize: bool) -> list[float]:
+    """Those of updates: where their sum is 0 the weights as they are, as mergekit has them.
+
+    So a recipe may give a tensor to no model, which leaves it the base's.
+    """
+    return shares(weights, normalize and not _cancels(weights))
+
+
+def _cancels(weights: tuple[float, ...]) -> bool:
+    # A sum that is only the rounding of one that cancels would blow the weights up just the same.
+    return abs(sum(weights)) <= 1e-12 * sum(map(abs, weights))

@@ -17,7 +17,7 @@ import numpy as np
 
 from fusion.merge.lazy import draws, kernels, torch
 from fusion.merge.methods.base import Block, Inputs, Merged, Part, Range
-from fusion.merge.methods.linear import shares
+from fusion.merge.methods.linear import update_shares
 
 # What each element is multiplied by: (K, B), bool or of the values' type.
 Factors = Callable[[Block], "np.ndarray | torch.Tensor"]
@@ -28,7 +28,7 @@ DRAWS = 1 << 24  # what is drawn is one of 0 … 2^24 - 1
 
 @dataclass(frozen=True)
 class Weighing:
-    """`weights` of the updates; `normalize` divides by those of the models summed; `scale` multiplies what comes of it.
+    """`weights` of the updates; `normalize` divides by those of the models summed, but not by 0; `scale` multiplies.
 
     Without an election all models are summed. With one, those are that have the elected sign, element by element.
     """
@@ -36,9 +36,6 @@ class Weighing:
     weights: tuple[float, ...] = (1.0,)
     normalize: bool = False
     scale: Annotated[float, Range()] = 1.0
-
-    def __post_init__(self) -> None:
-        shares(self.weights, self.normalize)
 
 
 def put_together(
@@ -56,7 +53,7 @@ def put_together(
     weights of these, unless that cancels to 0. The coefficients reported are scale · w_k, normalized over all models.
     """
     by_model = [1.0] * inputs.models if scales is None else list(scales)
-    chosen = shares(weighing.weights, weighing.normalize)
+    chosen = update_shares(weighing.weights, weighing.normalize)
     reported = [weighing.scale * share for share in chosen]
     weights = list(weighing.weights) if election else chosen
     # Weights of one sign sum to 0 only where none is left; of two signs their rounding must not pass for a sum.

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from fusion.merge.methods.base import Inputs, Merged, Part, Range
-from fusion.merge.methods.linear import shares, updated
+from fusion.merge.methods.linear import update_shares, updated
 
 NEEDS_BASE = True
 ONE_PASS = True
@@ -14,17 +14,14 @@ REFERENCE = "Ilharco et al. 2022, arXiv 2212.04089"
 
 @dataclass(frozen=True)
 class Parameters:
-    """`weights` of the updates; with `normalize` they are divided by their sum. `scale` multiplies the result."""
+    """`weights` of the updates, with `normalize` divided by their sum unless it is 0; `scale` multiplies the result."""
 
     weights: tuple[float, ...] = (1.0,)
     scale: Annotated[float, Range()] = 1.0
     normalize: bool = False
 
-    def __post_init__(self) -> None:
-        shares(self.weights, self.normalize)
-
 
 def merge(inputs: Inputs, parameters: Parameters) -> Merged:
     """θ = θ₀ + scale · Σ w_k δ_k; the coefficients reported are scale · w_k."""
-    chosen = [parameters.scale * share for share in shares(parameters.weights, parameters.normalize)]
+    chosen = [parameters.scale * share for share in update_shares(parameters.weights, parameters.normalize)]
     return Merged(chosen, lambda block: Part(updated(chosen, block)))
