@@ -75,17 +75,17 @@ def _measure(arguments: argparse.Namespace) -> bool:
         Model(m, name=f"model-{n}", dtype=arguments.dtype, template=arguments.template)
         for n, m in enumerate(arguments.models, 1)
     ]
-    folders = [hub.locate(model, model.model) for model in models]
-    for model, folder in zip(models, folders, strict=True):
-        hub.template_of(model)
-        if arguments.chat and hub.load_tokenizer(model, folder).chat_template is None:
-            raise ValueError(f"--chat: {model.model} has no chat template")
-    samples = _samples(arguments) if arguments.data else []
-    known = tasks.manager(arguments.tasks) if arguments.tasks else None
-    asked = (arguments.fewshot, arguments.limit, arguments.batch_size, arguments.chat)
     rows: list[dict[str, Any]] = []
     finished = 0
-    with cluster.joined():
+    with cluster.joined():  # a machine may have to download what another one has
+        folders = [hub.locate(model, model.model) for model in models]
+        for model, folder in zip(models, folders, strict=True):
+            hub.template_of(model)
+            if arguments.chat and hub.load_tokenizer(model, folder).chat_template is None:
+                raise ValueError(f"--chat: {model.model} has no chat template")
+        samples = _samples(arguments) if arguments.data else []
+        known = tasks.manager(arguments.tasks) if arguments.tasks else None
+        asked = (arguments.fewshot, arguments.limit, arguments.batch_size, arguments.chat)
         try:  # what was measured stays, whatever comes next
             for model, folder in zip(models, folders, strict=True):
                 with _tracker(arguments, model.model) as tracker:
@@ -95,6 +95,7 @@ def _measure(arguments: argparse.Namespace) -> bool:
                         row |= {"bits_per_byte": bits, "mean": sum(bits.values()) / len(bits)}
                         rows.append(row)
                         _write(arguments, rows)
+                        tracker.log(_bits(row))
                     if known is not None:
                         found = tasks.scores(known, arguments.tasks, model, folder, *asked)
                         row["tasks"] = {
@@ -105,7 +106,7 @@ def _measure(arguments: argparse.Namespace) -> bool:
                         }
                         rows = [*(held for held in rows if held is not row), row]
                         _write(arguments, rows)
-                    tracker.log(_tracked(row))
+                        tracker.log(_scores(row))
                     finished += 1
         except KeyboardInterrupt:
             tracking.say(f"interrupted after {finished} of {len(models)} models")
@@ -163,12 +164,13 @@ def _tracker(arguments: argparse.Namespace, model: str) -> Any:
     return Tracker.of(settings, model, "evaluate", Path("runs/evaluate"), _settings(arguments))
 
 
-def _tracked(row: dict[str, Any]) -> dict[str, float]:
-    told = {f"bits per byte/{domain}": bits for domain, bits in row.get("bits_per_byte", {}).items()}
-    told |= {"bits per byte": row["mean"]} if "mean" in row else {}
-    for task, metrics in row.get("tasks", {}).items():
-        told |= {f"{task}/{metric}": score["value"] for metric, score in metrics.items()}
-    return told
+def _bits(row: dict[str, Any]) -> dict[str, float]:
+    told = {f"bits per byte/{domain}": bits for domain, bits in row["bits_per_byte"].items()}
+    return {**told, "bits per byte": row["mean"]}
+
+
+def _scores(row: dict[str, Any]) -> dict[str, float]:
+    return {f"{task}/{metric}": s["value"] for task, metrics in row["tasks"].items() for metric, s in metrics.items()}
 
 
 def _show(rows: list[dict[str, Any]]) -> None:
