@@ -90,7 +90,10 @@ def start() -> None:
             ) from None
         raise ValueError(f"the ranks do not meet at {where}: {' '.join(str(error).split())[:160]}") from None
     store.set_timeout(_LONGEST_WAIT)  # while one rank downloads, hashes or merges what can be hundreds of gigabytes
-    torch.distributed.init_process_group(backend, store=store, rank=number, world_size=many, timeout=_LONGEST_WAIT)
+    bound = torch.device("cuda", local_rank()) if backend == "nccl" and many > 1 else None
+    torch.distributed.init_process_group(
+        backend, store=store, rank=number, world_size=many, timeout=_LONGEST_WAIT, device_id=bound
+    )
     with redirect_stdout(io.StringIO()):  # each rank says that its CPU op was built
         deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=_LONGEST_WAIT)
 
