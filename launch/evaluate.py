@@ -46,6 +46,7 @@ def _parse() -> argparse.Namespace:
     bits.add_argument("--data", help="a .jsonl or .parquet file, a folder or a hub dataset")
     bits.add_argument("--domain", help="one name for all rows; else the row's domain or source")
     bits.add_argument("--split", default="train", help="of a hub dataset (default: train)")
+    bits.add_argument("--subset", help="of a hub dataset")
     bits.add_argument("--template", default="own", help="for chats: own, plain or a Jinja file")
     bits.add_argument("--batch-tokens", type=int, default=8192, help="tokens read at once (default: 8192)")
     tasks = parser.add_argument_group("tasks of lm-evaluation-harness (pip install 'fusion[eval]')")
@@ -133,7 +134,7 @@ def _samples(arguments: argparse.Namespace) -> list[Any]:
     from fusion.config import Dataset
 
     samples = []
-    for where, row in read_rows(Dataset(arguments.data, split=arguments.split), "--data"):
+    for where, row in read_rows(Dataset(arguments.data, split=arguments.split, subset=arguments.subset), "--data"):
         sample = to_sample(row, where, arguments.domain)
         if sample is not None:
             samples.append(sample)
@@ -146,7 +147,7 @@ def _samples(arguments: argparse.Namespace) -> list[Any]:
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What figures depend on beside the model."""
-    names = ["limit", "dtype", *(["data", "split", "domain", "template"] if arguments.data else [])]
+    names = ["limit", "dtype", *(["data", "split", "subset", "domain", "template"] if arguments.data else [])]
     names += ["tasks", "fewshot", "chat"] if arguments.tasks else []
     return {name: getattr(arguments, name) for name in names}
 
