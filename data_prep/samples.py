@@ -1,6 +1,8 @@
 """Rows of any dataset → samples: read, checked, cut to size, told apart by the hash of their content."""
 
+import codecs
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -16,6 +18,9 @@ _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "ass
 _CALLS = ("function_call", "tool_call")  # whose turn is one
 _TEXTS = ("text", "input_text", "output_text")  # parts of a content
 BEGUN = (".jsonl", ".json", ".parquet")  # files whose beginning can be read alone
+_PACKED = ("", ".gz", ".bz2", ".zst")
+_LINES = tuple(kind + packed for kind in (".jsonl", ".json") for packed in _PACKED)
+_TABLES = {".csv": ",", ".tsv": "\t"}
 
 
 def read_rows(dataset: Dataset, key: str) -> Iterator[tuple[str, dict]]:
@@ -25,7 +30,7 @@ def read_rows(dataset: Dataset, key: str) -> Iterator[tuple[str, dict]]:
         ValueError: nothing is there, or it cannot be read; `key` names the config entry.
     """
     path = Path(dataset.data).expanduser()
-    if path.suffix in (".jsonl", ".json") and path.is_file():
+    if path.name.endswith(_LINES) and path.is_file():
         yield from _json_lines(path)
         return
     yield from _with_datasets(dataset, path, key)
@@ -57,8 +62,13 @@ def beginning(dataset: Dataset, key: str, size: int) -> tuple[list[tuple[str, di
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, dict]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
+    import pyarrow as pa
+
+    packed = pa.input_stream(str(path), compression="detect")
+    with io.BufferedReader(packed) as lines:
+        for number, line in enumerate(_whole(lines, path), 1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             try:
@@ -72,11 +82,25 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict]]:
             yield f"{path}:{number}", row
 
 
+def _whole(lines: Iterable[bytes], path: Path) -> Iterator[bytes]:
+    try:
+        yield from lines
+    except OSError as error:  # pyarrow's, of a packed file that is damaged
+        raise ValueError(f"{path}: cannot be read ({' '.join(str(error).split())[:160]})") from None
+
+
 def _with_datasets(dataset: Dataset, path: Path, key: str) -> Iterator[tuple[str, dict]]:
     from datasets import load_dataset
 
     if path.suffix == ".parquet" and path.is_file():
         how: dict[str, Any] = {"path": "parquet", "data_files": str(path), "split": "train", "streaming": True}
+    elif (between := _TABLES.get(path.suffix)) and path.is_file():
+        how = {"path": "csv", "data_files": str(path), "split": "train", "streaming": True, "delimiter": between}
+    elif path.is_file():
+        raise ValueError(
+            f"{key}: {dataset.data} is of a type that is not read; give .jsonl (also .gz, .bz2, .zst), .parquet, .csv, "
+            ".tsv, a folder or a hub id"
+        )
     elif path.exists() or not path.is_absolute() and path.suffix not in (".jsonl", ".json", ".parquet"):
         how = {"path": str(path) if path.exists() else dataset.data, "name": dataset.subset, "split": dataset.split}
     else:
@@ -128,19 +152,31 @@ def to_sample(row: dict, where: str, domain: str | None) -> Sample | None:
 
 def turns_of(row: dict) -> Any:
     """The turns of a row that is a chat, None where it is none."""
-    return row.get("messages") or row.get("conversations")
+    turns = row.get("messages") or row.get("conversations")
+    if isinstance(turns, dict) and turns and all(isinstance(column, list) for column in turns.values()):
+        return [dict(zip(turns, turn, strict=False)) for turn in zip(*turns.values(), strict=False)]  # a table of turns
+    return turns
 
 
 def _told(turns: Sequence[object], where: str) -> tuple[Message, ...]:
     """The turns of a chat, or those that end with the assistant's last before one that is not told in text."""
     messages: list[Message] = []
-    for message in (_message(turn, where) for turn in turns):
+    for message in (_message(turn, where) for turn in turns if not _unsaid(turn)):
         if message is None or (message.role == "assistant" and not message.content.strip()):
             while messages and messages[-1].role != "assistant":
                 messages.pop()
             break
         messages.append(message)
     return tuple(messages) if any(m.role == "assistant" for m in messages) else ()
+
+
+def _unsaid(turn: object) -> bool:
+    """Whether it is the system's turn in a chat that has none: datasets of one schema leave it empty."""
+    return (
+        isinstance(turn, dict)
+        and turn.get("role", turn.get("from")) == "system"
+        and (turn.get("content", turn.get("value")) is None)
+    )
 
 
 def _message(turn: object, where: str) -> Message | None:

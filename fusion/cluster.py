@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -15,7 +16,7 @@ _LONGEST_MEETING, _LONGEST_WAIT = (
     timedelta(minutes=30),
     timedelta(days=7),
 )  # at the start, and in the course of the work
-_LONGEST_COMPILE_S, _LONGEST_LOOK_S = 900, 120  # of a DeepSpeed op, and of one that was compiled before
+_LONGEST_COMPILE_S = 900  # of a DeepSpeed op, one that was compiled before by another ninja too
 _FIRST_S = 3  # what all ranks meet is said by the first of them, before the launcher stops the others
 _CLOSED = "closed"
 
@@ -76,6 +77,7 @@ def start() -> None:
         if os.access(sys.prefix, os.W_OK):  # its CPU op is compiled once for this environment, not again for each
             os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
         _drop_stale_locks()
+        _prefer_own_ninja()
     import deepspeed
 
     backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -90,7 +92,10 @@ def start() -> None:
             ) from None
         raise ValueError(f"the ranks do not meet at {where}: {' '.join(str(error).split())[:160]}") from None
     store.set_timeout(_LONGEST_WAIT)  # while one rank downloads, hashes or merges what can be hundreds of gigabytes
-    torch.distributed.init_process_group(backend, store=store, rank=number, world_size=many, timeout=_LONGEST_WAIT)
+    bound = torch.device("cuda", local_rank()) if backend == "nccl" and many > 1 else None
+    torch.distributed.init_process_group(
+        backend, store=store, rank=number, world_size=many, timeout=_LONGEST_WAIT, device_id=bound
+    )
     with redirect_stdout(io.StringIO()):  # each rank says that its CPU op was built
         deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=_LONGEST_WAIT)
 
@@ -256,9 +261,15 @@ def _drop_stale_locks() -> None:
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
     for lock in folder.glob("**/lock"):
         with suppress(FileNotFoundError):  # another rank was first
-            longest = _LONGEST_LOOK_S if any(lock.parent.glob("*.so")) else _LONGEST_COMPILE_S
-            if time.time() - lock.stat().st_mtime > longest:
+            if time.time() - lock.stat().st_mtime > _LONGEST_COMPILE_S:
                 lock.unlink()
+
+
+def _prefer_own_ninja() -> None:
+    """Let torch find this environment's ninja first: to another one, what this one compiled is to be compiled anew."""
+    scripts = sysconfig.get_path("scripts")
+    if os.access(os.path.join(scripts, "ninja"), os.X_OK):
+        os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", os.defpath)])
 
 
 def _free_port() -> int:

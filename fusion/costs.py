@@ -60,7 +60,8 @@ def estimate(config: Config, found: Survey | None = None) -> list[Cost]:
     pivot = parameters(config.pivot)
     own = captures[config.pivot.name].tokens if config.pivot.name in captures else tokens
     seen, weights = sizes.product(own, distill.epochs), sizes.product(2, pivot)
-    hours = None if seen is None or pivot is None else 3 * sizes.reading_hours(pivot, seen)
+    active = config.pivot.active_parameters or pivot
+    hours = None if seen is None or active is None else 3 * sizes.reading_hours(active, seen)
     tried = found.trials.get(config.pivot.name)
     if tried is not None and seen is not None:
         hours = 3 * seen / tried.rate / 3600  # a step is three passes of what was timed as one
@@ -204,11 +205,14 @@ def _show_training(config: Config) -> None:
     pivot = parameters(config.pivot)
     if pivot is None:
         return
-    stage = config_file.deepspeed(config.distill.deepspeed).get("zero_optimization", {}).get("stage", 0)
+    zero, lora = config_file.deepspeed(config.distill.deepspeed).get("zero_optimization", {}), config.distill.lora
+    stage, parts = zero.get("stage", 0), sizes.state_parts(zero, lora is not None)
+    whole = pivot * sum(sizes.STATE_BYTES[part] for part in parts)
     tracking.say(
-        f"training state of one target: {sizes.in_bytes(pivot * sum(sizes.STATE_BYTES.values()))} in all; under "
-        f"ZeRO-{stage} on {sizes.NODE} devices {sizes.in_bytes(sizes.state_a_device(pivot, stage, sizes.NODE))} each, "
-        "and activations"
+        f"training state of one target ({', '.join(parts) or 'all offloaded'}): {sizes.in_bytes(whole)} in all; under "
+        f"ZeRO-{stage} on {sizes.NODE} devices "
+        f"{sizes.in_bytes(sizes.state_a_device(pivot, stage, sizes.NODE, parts))} each, and activations; "
+        f"up to {sizes.in_bytes(sizes.checkpoints_bytes(pivot, lora is not None))} more on disk for its checkpoints"
     )
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections import Counter
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -104,15 +105,19 @@ def fingerprint(folder: Path, memory: Path) -> dict[str, str]:
 
 
 def _hash_all(folder: Path, paths: list[Path], memory: Path) -> str:
-    """Digest of a folder's files by name and content; a file's is remembered while its size and time of change stay."""
+    """Digest of a folder's files by name (of several of one name by path) and content.
+
+    A file's own is remembered while its size and time of change stay.
+    """
     remembered: dict[str, str] = json.loads(memory.read_text()) if memory.exists() else {}
     known, hashes = dict(remembered), {}
+    names = Counter(path.name for path in paths)
     for path in paths:
         stat = path.stat()
         tag = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
         if tag not in known:
             known[tag] = file_digest(path)
-        hashes[path.relative_to(folder).as_posix()] = known[tag]
+        hashes[path.name if names[path.name] == 1 else path.relative_to(folder).as_posix()] = known[tag]
     if known != remembered:
         write_json(memory, known)
     return digest(hashes)

@@ -1,7 +1,8 @@
 """The arithmetic of `--plan`, pure: what docs/scale.md works out, as functions; and figures as people read them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import ceil, prod
+from typing import Any
 
 from fusion.config import Capture
 
@@ -42,10 +43,27 @@ def nodes_for(hours: float, days: float, weights: float, memory: float) -> int:
     return max(ceil(hours / (24 * days * NODE)), ceil(devices_for(weights, memory) / NODE), 1)
 
 
-def state_a_device(parameters: float, stage: int, devices: int) -> float:
+def state_parts(zero: Mapping[str, Any], lora: bool) -> tuple[str, ...]:
+    """What of `STATE_BYTES` a training has on its devices: of low-rank updates, which are small, the weights alone.
+
+    Args:
+        zero: `zero_optimization` of the DeepSpeed file; what it offloads is elsewhere.
+    """
+    offloaded = {"optimizer": "offload_optimizer", "weights": "offload_param"}
+    away = [part for part, key in offloaded.items() if (zero.get(key) or {}).get("device", "none") != "none"]
+    return tuple(part for part in (["weights"] if lora else STATE_BYTES) if part not in away)
+
+
+def state_a_device(parameters: float, stage: int, devices: int, parts: Iterable[str] = tuple(STATE_BYTES)) -> float:
     """Bytes of weights, gradients and optimizer state of a model in training, what the ZeRO stage shards divided."""
     sharded = {"optimizer": stage >= 1, "gradients": stage >= 2, "weights": stage >= 3}
-    return parameters * sum(size / (devices if sharded[part] else 1) for part, size in STATE_BYTES.items())
+    return parameters * sum(STATE_BYTES[part] / (devices if sharded[part] else 1) for part in parts)
+
+
+def checkpoints_bytes(parameters: float, lora: bool) -> float:
+    """Bytes that a training has on the disk at its most: two checkpoints, the next one, and the best weights so far."""
+    each = STATE_BYTES["weights"] + (0 if lora else STATE_BYTES["optimizer"])
+    return parameters * (3 * each + STATE_BYTES["weights"])
 
 
 def product(*factors: float | None) -> float | None:

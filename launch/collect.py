@@ -52,6 +52,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--labels", default="data", help="of fisher: data (default), or drawn by the model")
     parser.add_argument("--seed", type=int, default=0, help="for labels that the model draws")
     parser.add_argument("--split", default="train", help="of a hub dataset (default: train)")
+    parser.add_argument("--subset", help="of a hub dataset")
     parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
     parser.add_argument("--template", default="own", help="for chats: own, plain or a Jinja file")
     return parser.parse_args(arguments)
@@ -77,21 +78,19 @@ def _collect(chosen: Any) -> dict[str, str]:
 
 
 def _samples(chosen: Any) -> "Iterator[Sample]":
-    """The rows as samples; ValueError for one without text, and where there is none."""
+    """The first samples of the rows, blank ones left out; ValueError where there is none."""
     from itertools import islice
 
     from data_prep.samples import read_rows, to_sample
     from fusion.config import Dataset
 
-    number = 0
-    for where, row in islice(read_rows(Dataset(chosen.corpus, split=chosen.split), "CORPUS"), chosen.samples):
-        sample = to_sample(row, where, None)
-        if sample is None:
-            raise ValueError(f"{where}: the text is empty, or no assistant speaks; take the row out")
-        number += 1
-        yield sample
-    if not number:
-        raise ValueError(f"CORPUS: {chosen.corpus} has no rows")
+    rows = read_rows(Dataset(chosen.corpus, split=chosen.split, subset=chosen.subset), "CORPUS")
+    told = (sample for where, row in rows if (sample := to_sample(row, where, None)) is not None)
+    first = next(told, None)
+    if first is None:
+        raise ValueError(f"CORPUS: {chosen.corpus} has no rows with text")
+    yield first
+    yield from islice(told, chosen.samples - 1)
 
 
 if __name__ == "__main__":

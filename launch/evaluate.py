@@ -46,6 +46,7 @@ def _parse() -> argparse.Namespace:
     bits.add_argument("--data", help="a .jsonl or .parquet file, a folder or a hub dataset")
     bits.add_argument("--domain", help="one name for all rows; else the row's domain or source")
     bits.add_argument("--split", default="train", help="of a hub dataset (default: train)")
+    bits.add_argument("--subset", help="of a hub dataset")
     bits.add_argument("--template", default="own", help="for chats: own, plain or a Jinja file")
     bits.add_argument("--batch-tokens", type=int, default=8192, help="tokens read at once (default: 8192)")
     tasks = parser.add_argument_group("tasks of lm-evaluation-harness (pip install 'fusion[eval]')")
@@ -75,17 +76,17 @@ def _measure(arguments: argparse.Namespace) -> bool:
         Model(m, name=f"model-{n}", dtype=arguments.dtype, template=arguments.template)
         for n, m in enumerate(arguments.models, 1)
     ]
-    folders = [hub.locate(model, model.model) for model in models]
-    for model, folder in zip(models, folders, strict=True):
-        hub.template_of(model)
-        if arguments.chat and hub.load_tokenizer(model, folder).chat_template is None:
-            raise ValueError(f"--chat: {model.model} has no chat template")
-    samples = _samples(arguments) if arguments.data else []
-    known = tasks.manager(arguments.tasks) if arguments.tasks else None
-    asked = (arguments.fewshot, arguments.limit, arguments.batch_size, arguments.chat)
     rows: list[dict[str, Any]] = []
     finished = 0
-    with cluster.joined():
+    with cluster.joined():  # a machine may have to download what another one has
+        folders = [hub.locate(model, model.model) for model in models]
+        for model, folder in zip(models, folders, strict=True):
+            hub.template_of(model)
+            if arguments.chat and hub.load_tokenizer(model, folder).chat_template is None:
+                raise ValueError(f"--chat: {model.model} has no chat template")
+        samples = _samples(arguments) if arguments.data else []
+        known = tasks.manager(arguments.tasks) if arguments.tasks else None
+        asked = (arguments.fewshot, arguments.limit, arguments.batch_size, arguments.chat)
         try:  # what was measured stays, whatever comes next
             for model, folder in zip(models, folders, strict=True):
                 with _tracker(arguments, model.model) as tracker:
@@ -95,6 +96,7 @@ def _measure(arguments: argparse.Namespace) -> bool:
                         row |= {"bits_per_byte": bits, "mean": sum(bits.values()) / len(bits)}
                         rows.append(row)
                         _write(arguments, rows)
+                        tracker.log(_bits(row))
                     if known is not None:
                         found = tasks.scores(known, arguments.tasks, model, folder, *asked)
                         row["tasks"] = {
@@ -105,7 +107,7 @@ def _measure(arguments: argparse.Namespace) -> bool:
                         }
                         rows = [*(held for held in rows if held is not row), row]
                         _write(arguments, rows)
-                    tracker.log(_tracked(row))
+                        tracker.log(_scores(row))
                     finished += 1
         except KeyboardInterrupt:
             tracking.say(f"interrupted after {finished} of {len(models)} models")
@@ -132,7 +134,7 @@ def _samples(arguments: argparse.Namespace) -> list[Any]:
     from fusion.config import Dataset
 
     samples = []
-    for where, row in read_rows(Dataset(arguments.data, split=arguments.split), "--data"):
+    for where, row in read_rows(Dataset(arguments.data, split=arguments.split, subset=arguments.subset), "--data"):
         sample = to_sample(row, where, arguments.domain)
         if sample is not None:
             samples.append(sample)
@@ -145,7 +147,7 @@ def _samples(arguments: argparse.Namespace) -> list[Any]:
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What figures depend on beside the model."""
-    names = ["limit", "dtype", *(["data", "split", "domain", "template"] if arguments.data else [])]
+    names = ["limit", "dtype", *(["data", "split", "subset", "domain", "template"] if arguments.data else [])]
     names += ["tasks", "fewshot", "chat"] if arguments.tasks else []
     return {name: getattr(arguments, name) for name in names}
 
@@ -163,12 +165,13 @@ def _tracker(arguments: argparse.Namespace, model: str) -> Any:
     return Tracker.of(settings, model, "evaluate", Path("runs/evaluate"), _settings(arguments))
 
 
-def _tracked(row: dict[str, Any]) -> dict[str, float]:
-    told = {f"bits per byte/{domain}": bits for domain, bits in row.get("bits_per_byte", {}).items()}
-    told |= {"bits per byte": row["mean"]} if "mean" in row else {}
-    for task, metrics in row.get("tasks", {}).items():
-        told |= {f"{task}/{metric}": score["value"] for metric, score in metrics.items()}
-    return told
+def _bits(row: dict[str, Any]) -> dict[str, float]:
+    told = {f"bits per byte/{domain}": bits for domain, bits in row["bits_per_byte"].items()}
+    return {**told, "bits per byte": row["mean"]}
+
+
+def _scores(row: dict[str, Any]) -> dict[str, float]:
+    return {f"{task}/{metric}": s["value"] for task, metrics in row["tasks"].items() for metric, s in metrics.items()}
 
 
 def _show(rows: list[dict[str, Any]]) -> None:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -476,3 +477,11 @@ def test_weights_that_are_not_numbers(tree: dict[str, Any], refused: Refused, tm
         r"or capture.on_nonfinite: skip",
         line,
     )
+
+
+def test_torch_finds_this_environments_ninja(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of them take turns to compile DeepSpeed's op anew."""
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    cluster._prefer_own_ninja()
+    found = shutil.which("ninja")
+    assert found and Path(found).parent == Path(sysconfig.get_path("scripts"))

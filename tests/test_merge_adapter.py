@@ -41,9 +41,9 @@ def llama(folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> 
     return folder
 
 
-def gpt2(folder: Path) -> Path:
+def gpt2(folder: Path, tied: bool = True) -> Path:
     torch.manual_seed(1)
-    ids = {"bos_token_id": 0, "eos_token_id": 0}
+    ids = {"bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": tied}
     model = GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=24, n_layer=2, n_head=2, n_positions=32, **ids))
     for tensor in model.state_dict().values():
         tensor.normal_(0, 0.3)
@@ -140,7 +140,7 @@ def test_biases(tmp_path: Path, settings: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"fan_in_fan_out": False}])
 def test_weights_that_are_stored_transposed(tmp_path: Path, settings: dict[str, Any]) -> None:
-    base = gpt2(tmp_path / "base")
+    base = gpt2(tmp_path / "base", tied=False)
     targets = ["c_attn", "c_proj", "wte"]
     folder = train(base, tmp_path / "adapter", target_modules=targets, **(PLAIN | {"fan_in_fan_out": True} | settings))
     assert_same(base, folder, lambda name: name.endswith(".weight") and name.split(".")[-2] in targets)
@@ -162,8 +162,11 @@ def test_tied_heads(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lm_head.weight finds no tensor .*; its output head is tied"):
         open_model(f"{base}+{apart}")
     alone = train(base, tmp_path / "alone", target_modules=["q_proj"], modules_to_save=["embed_tokens"])
-    with pytest.raises(ValueError, match="it replaces model.embed_tokens.weight and leaves the output head that is"):
+    with pytest.raises(ValueError, match="it changes model.embed_tokens.weight and leaves the output head that is"):
         open_model(f"{base}+{alone}")
+    low = train(base, tmp_path / "low", target_modules=["q_proj", "embed_tokens"], **PLAIN)
+    with pytest.raises(ValueError, match="it changes model.embed_tokens.weight .*; untie the base first"):
+        open_model(f"{base}+{low}")
 
 
 def test_a_base_in_bfloat16_is_changed_in_float32(tmp_path: Path) -> None:

@@ -441,10 +441,13 @@ def test_other_names_of_embeddings(tmp_path: Path, called: str) -> None:
 def test_an_embedding_of_no_known_name_is_not_merged_row_by_row(tmp_path: Path) -> None:
     models = three(tmp_path)
     joined = join({"source": "union"}, models)
-    with pytest.raises(ValueError, match="odd.weight of .*two has 8 rows, as many as its vocabulary, and is no embedd"):
+    with pytest.raises(ValueError, match=r"odd.weight of .*two is \(8, 3\), one as many as its vocabulary, and is no"):
         joined.refuse_unknown(1, "odd.weight", (8, 3))
+    for bias in ((8,), (1, 8)):
+        with pytest.raises(ValueError, match="odd.bias of .*two is"):
+            joined.refuse_unknown(1, "odd.bias", bias)
     joined.refuse_unknown(1, "odd.weight", (7, 3))
-    joined.refuse_unknown(1, "odd.bias", (8,))
+    joined.refuse_unknown(1, "model.norm.weight", (8,))
     joined.refuse_unknown(1, "transformer.wpe.weight", (8, 3))
     alike = [made(tmp_path / name, ["a", "b"], ["<e>"]) for name in ("four", "five")]
     join({"source": "union"}, alike).refuse_unknown(1, "odd.weight", (3, 3))

@@ -91,6 +91,11 @@ def test_hours_devices_and_nodes_by_hand() -> None:
     assert [sizes.nodes_for(5491, days, 281e9, 80e9) for days in (1, 3, 7)] == [29, 10, 5]
     assert sizes.nodes_for(1, 1, 2e12, 80e9) == 4  # 32 devices to hold two terabytes
     assert [sizes.state_a_device(1e9, stage, 8) for stage in range(4)] == [16e9, 5.5e9, 3.75e9, 2e9]
+    away = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "none"}}
+    assert sizes.state_parts({}, False) == ("optimizer", "gradients", "weights")
+    assert sizes.state_parts(away, False) == ("gradients", "weights") and sizes.state_parts(away, True) == ("weights",)
+    assert sizes.state_a_device(6.74e9, 2, 8, sizes.state_parts(away, False)) == pytest.approx(15.165e9)
+    assert sizes.checkpoints_bytes(1e9, False) == 44e9 and sizes.checkpoints_bytes(1e9, True) == 8e9
 
 
 def test_figures_as_people_read_them() -> None:
@@ -108,7 +113,7 @@ def test_figures_as_people_read_them() -> None:
 def test_costs_by_hand(tmp_path: Path, tree: dict[str, Any]) -> None:
     for section in (tree["pivot"], *tree["sources"]):
         section["parameters"] = 1e9
-    tree["sources"][1]["active_parameters"] = 2e8
+    tree["sources"][1]["active_parameters"] = tree["pivot"]["active_parameters"] = 2e8
     tree["prepare"]["data"][0]["megabytes"] = 8
     settings = ["distill.epochs=3", "capture.sampler=top_k", "capture.k=10"]
     config = tiny.load(tmp_path, tree, *settings, "prepare.validation_share=0")
@@ -118,7 +123,7 @@ def test_costs_by_hand(tmp_path: Path, tree: dict[str, Any]) -> None:
     assert rows["capture/b"].hours == pytest.approx(2 * 2e8 * 2e6 / hour)
     assert rows["capture/a"].disk == pytest.approx(2e6 * 19)
     assert rows["distill/control"].tokens == 6e6
-    assert rows["distill/control"].hours == pytest.approx(6 * 1e9 * 6e6 / hour)
+    assert rows["distill/control"].hours == pytest.approx(6 * 2e8 * 6e6 / hour)
     assert rows["merge"].disk == 4e9  # the best merge so far and the next
     assert {(cost.state, cost.by) for cost in rows.values()} == {("to do", "estimated")}
     for limit, tokens in ((1000, 1.96e6), (10, 2e6 - 10 * 4096 / 4)):  # 0.02 of 8 MB, or ten samples of 4 KB

@@ -1,5 +1,6 @@
 """Prepare: rows → samples, cut, told apart by the hash of their content, on disk and back."""
 
+import codecs
 import json
 import re
 from collections.abc import Sequence
@@ -572,3 +573,36 @@ def test_groups_are_small_enough_to_share_out(tmp_path: Path, count: int, groups
     corpus = Corpus(tmp_path, "train")
     assert corpus.groups == groups and len(corpus) == count
     assert [s.id for s in corpus] == [s.id for s in made]
+
+
+def test_json_lines_are_read_packed_and_with_a_mark_of_their_order(tmp_path: Path) -> None:
+    rows = [{"text": f"text {n}"} for n in range(3)]
+    lines = "".join(json.dumps(row) + "\r\n" for row in rows).encode()
+    (tmp_path / "a.jsonl").write_bytes(codecs.BOM_UTF8 + lines)
+    for kind, name in (("gzip", "a.jsonl.gz"), ("bz2", "a.json.bz2"), ("zstd", "a.jsonl.zst")):
+        with pa.output_stream(str(tmp_path / name), compression=kind) as packed:
+            packed.write(lines)
+    for path in tmp_path.iterdir():
+        assert [row for _, row in read_rows(Dataset(str(path)), "data")] == rows, path
+    (tmp_path / "b.jsonl.gz").write_bytes((tmp_path / "a.jsonl.gz").read_bytes()[:20])
+    with pytest.raises(ValueError, match="b.jsonl.gz: cannot be read"):
+        list(read_rows(Dataset(str(tmp_path / "b.jsonl.gz")), "data"))
+
+
+def test_tables_are_read_and_other_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('text,domain\n"one, two",x\n')
+    (tmp_path / "a.tsv").write_text("text\tdomain\none, two\tx\n")
+    for name in ("a.csv", "a.tsv"):
+        ((_, row),) = read_rows(Dataset(str(tmp_path / name)), "data")
+        assert row == {"text": "one, two", "domain": "x"}
+    (tmp_path / "a.txt").write_text("one")
+    with pytest.raises(ValueError, match="^data: .*a.txt is of a type that is not read; give .jsonl"):
+        next(read_rows(Dataset(str(tmp_path / "a.txt")), "data"))
+
+
+def test_chats_as_datasets_hold_them() -> None:
+    told = {"from": ["human", "gpt"], "value": ["Tea?", "Yes."]}  # columns of a table
+    turns = [{"role": "user", "content": "Tea?"}, {"role": "assistant", "content": "Yes."}]
+    unsaid = [{"role": "system", "content": None}, *turns]  # all rows have the turn, some say nothing in it
+    found = [to_sample(row, "here", None) for row in ({"conversations": told}, {"messages": unsaid})]
+    assert found == [to_sample({"messages": turns}, "here", None)] * 2 and found[0] is not None

@@ -398,6 +398,17 @@ def test_card_tells_what_is_needed(tmp_path: Path) -> None:
     assert "trust_remote_code" not in card
 
 
+def test_a_source_that_was_not_measured_taught_all_the_same(tmp_path: Path) -> None:
+    """Its cache was given, or it has no figure."""
+    whole = summary()
+    told = summary(models=tuple(m for m in whole.models if m.role != "source"))
+    assert told.sources == ("llama",) and whole.sources == ("llama", "qwen")  # qwen has no stage here
+    card = model_card(told, config(tmp_path))
+    assert "- llama: [Qwen/Qwen3-4B](https://huggingface.co/Qwen/Qwen3-4B)\n- qwen: " in card
+    write_report(told, tmp_path)
+    assert "Sources fused: 1." in (tmp_path / "report.html").read_text()
+
+
 def test_card_tables_hold_any_domain(tmp_path: Path) -> None:
     models = tuple(Scored(m.name, m.role, {"a|<b>": 1.0}, 1.0, 1, "A", "p") for m in summary().models)
     card = model_card(summary(models=models, heldout={"a|<b>": 3}), config(tmp_path))
@@ -521,6 +532,7 @@ def test_a_release_is_published_once_and_after_all_else(
     out = Artifact.planned(tmp_path / "run", "release", "", {}, {})
     shutil.copytree(checkpoint, out.folder / "checkpoint", ignore=shutil.ignore_patterns("run"))
     write_report(summary(), out.folder)
+    out.publish({}, 1.0)
     monkeypatch.setattr(Hub, "fails", ConnectionError("no route"))
     with pytest.raises(ValueError, match="release.hub: me/tiny could not be published"):
         stage.announce(told, out)
@@ -531,6 +543,11 @@ def test_a_release_is_published_once_and_after_all_else(
     Hub.asked = []
     stage.announce(told, out)
     assert not Hub.asked and said.count("published   https://huggingface.co/me/tiny") == 2
+    (out.folder / "published").unlink()
+    (out.folder / "checkpoint/config.json").write_text("damaged")
+    with pytest.raises(ValueError, match="fails its checksum"):
+        stage.announce(told, out)
+    assert not Hub.asked
 
 
 def test_a_source_without_a_figure_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

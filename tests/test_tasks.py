@@ -137,11 +137,15 @@ def test_a_task_whose_data_cannot_be_had_is_one_line(folder: Path, task: Path, m
     import lm_eval
 
     def raises(**_: Any) -> None:
-        raise RuntimeError("Dataset scripts are no longer supported")
+        raise error
 
     monkeypatch.setattr(lm_eval, "simple_evaluate", raises)
+    model, error = Model(str(folder), "a", dtype="float32"), RuntimeError("Dataset scripts are no longer supported")
     with pytest.raises(ValueError, match="^--tasks .*: cannot be asked: RuntimeError: Dataset scripts"):
-        tasks.scores(tasks.manager([str(task)]), [str(task)], Model(str(folder), "a", dtype="float32"), folder)
+        tasks.scores(tasks.manager([str(task)]), [str(task)], model, folder)
+    error = torch.OutOfMemoryError("much asked")
+    with pytest.raises(ValueError, match="^a: the device has too little memory for the tasks; lower --batch-size"):
+        tasks.scores(tasks.manager([str(task)]), [str(task)], model, folder)
 
 
 def test_what_was_measured_is_shown_when_a_later_model_fails(folder: Path, tmp_path: Path) -> None:

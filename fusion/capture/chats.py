@@ -38,7 +38,9 @@ def try_templates(config: Config, folders: Mapping[str, Path], prepared: Path) -
         renderer = Renderer(hub.load_tokenizer(model, folders[model.name]), model.name, hub.template_of(model))
         remedy = f"set {keys.get(model.name, 'pivot.template')} to plain or a Jinja file"
         try:
-            _show_all(renderer, (sample for part in reads for sample in _chats(parts[part])))
+            total = sum(len(parts[part]) for part in reads)
+            chats = (sample for part in reads for sample in _chats(parts[part]))
+            _show_all(renderer, tracking.progress(chats, f"chat template of {model.name}", total))
             found = [renderer.render(sample) for part in reads for sample in some[part]]
             answered = any(message.role == _ANSWERED for part in reads for s in some[part] for message in s.messages)
             if answered and not any((shown.carries == Carries.END).any() for shown in found):

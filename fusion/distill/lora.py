@@ -37,11 +37,8 @@ def add_lora(model: Any, settings: Lora) -> None:
         raise ValueError(f"distill.lora.modules: {' '.join(str(error).split())[:200]}") from None
     if model.get_output_embeddings() is not head:
         raise ValueError("distill.lora.modules: the output head cannot be among them; leave it away")
-    if model.get_input_embeddings() is not embedding and model.config.get_text_config().tie_word_embeddings:
-        raise ValueError(
-            "distill.lora.modules: the embedding cannot be among them, its weights are the output head's too; "
-            "leave it away"
-        )
+    if model.get_input_embeddings() is not embedding:  # tied, it is the head too; ZeRO-3 cannot divide its factors
+        raise ValueError("distill.lora.modules: the embedding cannot be among them; leave it away")
 
 
 def trained(model: Any) -> tuple[int, int]:

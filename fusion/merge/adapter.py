@@ -162,6 +162,7 @@ class _Adapter:
                     under, self._fitting(f"{module}.lora_B.bias", bias, under.shape), self._scale(module)
                 )
             weight = self._weight(f"{module}.{min(own)}" if own else module, f"{module}.weight")
+            self._refuse_untied(weight)
             views[weight] = self._low_rank(module, own, views.get(weight) or self._base.view(weight))
         if not views:
             raise ValueError(f"{self._folder}: {WEIGHTS} is empty; save the adapter again")
@@ -253,14 +254,17 @@ class _Adapter:
         return name in _HEADS and name not in self._base.names and self._base.config.get("tie_word_embeddings", True)
 
     def _refuse_untied(self, weight: str) -> None:
-        """ValueError for an embedding that is replaced while the head it is tied to stays what it is in the base."""
+        """ValueError for an embedding that is changed while the head it is tied to stays what it is in the base.
+
+        So the adapter was trained; peft's own merge changes the head with it.
+        """
         if not weight.endswith(_EMBEDDINGS) or self._config.get("task_type") not in (None, "CAUSAL_LM"):
             return
         held = any(key.removeprefix(PREFIX) in _HEADS for key in self._file.names)
         if not held and all(map(self._tied, _HEADS)):
             raise ValueError(
-                f"{self._folder}: it replaces {weight} and leaves the output head that is tied to it in "
-                f"{self._base.folder} as it is; train it with peft's ensure_weight_tying, or untie the base first"
+                f"{self._folder}: it changes {weight} and leaves the output head that is tied to it in "
+                f"{self._base.folder} as it is; untie the base first"
             )
 
     def _is_tied_copy(self, name: str, stored: View) -> bool:

@@ -45,7 +45,8 @@ _MODULES = {
     "tokens_embed",
     "shared",
 }
-_MODULES |= {"word_embedding", "input_embedding", "lm_head", "embed_out", "output", "output_layer", "head"}
+_MODULES |= {"word_embedding", "input_embedding", "lm_head", "embed_out", "output", "output_layer"}
+_MODULES |= {"output_projection", "head"}
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -170,13 +171,13 @@ class Joined:
     def refuse_unknown(self, which: int, name: str, shape: tuple[int, ...]) -> None:
         """ValueError for a tensor outside of layers that is as long as the vocabulary, where rows would move."""
         rows = vocabulary_rows(self._checkpoints[which].config)
-        positions = "pos" in name or ".wpe." in name
+        other = any(part in name for part in ("pos", ".wpe.", "norm", ".ln_"))
         still = (
             self.rows == rows and (self._own[which] == np.where(self._own[which] < 0, -1, np.arange(self.rows))).all()
         )
-        if len(shape) == 2 and shape[0] == rows and not positions and not still:
+        if rows in shape and not other and not still:
             raise ValueError(
-                f"tokenizer: {name} of {self._checkpoints[which].folder} has {rows} rows, as many as its vocabulary, "
+                f"tokenizer: {name} of {self._checkpoints[which].folder} is {shape}, one as many as its vocabulary, "
                 "and is no embedding or head that is known here; vocabularies of this architecture cannot be joined"
             )
 

@@ -65,12 +65,8 @@ def _named(model: Model) -> str:
 
 
 def _what(summary: Summary, config: Config) -> str:
-    sources = "\n".join(
-        f"- {_plain(s.name)}: {_named(c)} ({_plain(s.architecture)}, {s.parameters:,} parameters)"
-        for s in summary.having("source")
-        for c in config.sources
-        if c.name == s.name
-    )
+    measured = {s.name: f" ({_plain(s.architecture)}, {s.parameters:,} parameters)" for s in summary.having("source")}
+    sources = "\n".join(f"- {_plain(s.name)}: {_named(s)}{measured.get(s.name, '')}" for s in config.sources)
     fused, distill = summary.fused, config.distill
     taught = "one target for each source" if distill.topology == "pairwise" else "one target from all sources"
     size = f"{_plain(fused.architecture)}, {fused.parameters:,} parameters"

@@ -131,7 +131,7 @@ summary { cursor: pointer; }
 </tbody></table></div>
 {%- endmacro %}
 <h1>{{ s.name }}</h1>
-<p class="soft">Sources fused: {{ s.having("source") | length }}.
+<p class="soft">Sources fused: {{ s.sources | length }}.
 Parameters of the fused model: {{ "{:,}".format(s.fused.parameters) }}.</p>
 <p class="verdict">{{ verdict }}</p>
 <h2>Held-out bits per byte</h2>

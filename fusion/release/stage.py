@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion import cluster, hub, tracking
-from fusion.artifact import Artifact, read_manifest
+from fusion.artifact import Artifact, read_manifest, verify
 from fusion.config import Config, Model
 from fusion.corpus import Corpus
 from fusion.measure import bits_per_byte, made_of
@@ -19,6 +19,8 @@ from fusion.release.card import model_card
 from fusion.release.publish import check_repo, publish
 from fusion.release.report import console_table, verdict, write_report
 from fusion.release.summary import MergeFacts, Scored, StageFacts, Summary
+
+_PUBLISHED = "published"  # where it is on the hub, beside the checkpoint
 
 
 def check(config: Config) -> None:
@@ -97,9 +99,10 @@ def announce(config: Config, out: Artifact) -> None:
 
 
 def _published(config: Config, folder: Path) -> str:
-    """Where the checkpoint is on the hub."""
-    told = folder / "published"
+    """Where the checkpoint is on the hub; uploaded where it was not yet, whole."""
+    told = folder / _PUBLISHED
     if not told.exists():
+        verify(folder)
         told.write_text(publish(folder / "checkpoint", str(config.release.hub), config.release.private))
     return told.read_text()
 
@@ -167,6 +170,7 @@ def _continue(config: Config, folder: Path) -> tuple[tuple[str, str], ...]:
 
 def _write(config: Config, model: Path, summary: Summary, out: Artifact) -> None:
     checkpoint = out.folder / "checkpoint"
+    (out.folder / _PUBLISHED).unlink(missing_ok=True)
     shutil.rmtree(checkpoint, ignore_errors=True)
     shutil.copytree(model, checkpoint, copy_function=_link_or_copy)
     (checkpoint / "README.md").write_text(model_card(summary, config))

@@ -140,6 +140,12 @@ class Summary:
         """The result."""
         return self.having("fused")[0]
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Who taught, measured or not: the weights of one whose cache was given need not be here."""
+        aligned = (s.label.removeprefix("align/") for s in self.stages if s.label.startswith("align/"))
+        return tuple(dict.fromkeys([*aligned, *(m.name for m in self.having("source"))]))
+
     def having(self, role: Role) -> tuple[Scored, ...]:
         """The models of a role."""
         return tuple(m for m in self.models if m.role == role)

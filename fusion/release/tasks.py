@@ -86,6 +86,7 @@ def scores(
     import datasets
     import jinja2
     import lm_eval
+    import torch
     import transformers
     from lm_eval.models.huggingface import HFLM
 
@@ -109,7 +110,7 @@ def scores(
         batch_size=batch_size,
     )
     broken = (KeyError, TypeError, AttributeError, ImportError, AssertionError, IndexError, ZeroDivisionError)
-    wrong = (*broken, RuntimeError, jinja2.TemplateError, datasets.exceptions.DatasetsError)
+    wrong = (*broken, jinja2.TemplateError, datasets.exceptions.DatasetsError)
     try:
         with _without_bars():
             found = lm_eval.simple_evaluate(
@@ -121,7 +122,11 @@ def scores(
                 apply_chat_template=chat,
                 log_samples=False,
             )
-    except wrong as error:  # what a task file with a mistake comes to
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"{model.name}: the device has too little memory for the tasks; lower --batch-size") from error
+    except (*wrong, RuntimeError) as error:  # what a task file with a mistake comes to
+        if isinstance(error, RuntimeError) and "Dataset scripts" not in str(error):
+            raise
         asked = ", ".join(tasks)
         raise ValueError(f"--tasks {asked}: cannot be asked: {type(error).__name__}: {error}") from error
     return {} if found is None else {name: _told(row) for name, row in found["results"].items()}
