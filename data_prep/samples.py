@@ -1,6 +1,7 @@
 """Rows of any dataset → samples: read, checked, cut to size, told apart by the hash of their content."""
 
 import codecs
+import csv
 import hashlib
 import io
 import itertools
@@ -9,18 +10,21 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fusion.config import Dataset
 from fusion.records import Message, Sample, sample_id
 
+T = TypeVar("T")
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
 _CALLS = ("function_call", "tool_call")  # whose turn is one
 _TEXTS = ("text", "input_text", "output_text")  # parts of a content
+_LONGEST_CELL = 1 << 30  # characters of a table's cell
 BEGUN = (".jsonl", ".json", ".parquet")  # files whose beginning can be read alone
 _PACKED = ("", ".gz", ".bz2", ".zst")
 _LINES = tuple(kind + packed for kind in (".jsonl", ".json") for packed in _PACKED)
-_TABLES = {".csv": ",", ".tsv": "\t"}
+_TABLES = {kind + packed: between for kind, between in ((".csv", ","), (".tsv", "\t")) for packed in _PACKED}
+_FILES = (*_LINES, *_TABLES, ".parquet")
 
 
 def read_rows(dataset: Dataset, key: str) -> Iterator[tuple[str, dict]]:
@@ -32,6 +36,10 @@ def read_rows(dataset: Dataset, key: str) -> Iterator[tuple[str, dict]]:
     path = Path(dataset.data).expanduser()
     if path.name.endswith(_LINES) and path.is_file():
         yield from _json_lines(path)
+        return
+    between = next((between for kind, between in _TABLES.items() if path.name.endswith(kind)), None)
+    if between and path.is_file():
+        yield from _table(path, between)
         return
     yield from _with_datasets(dataset, path, key)
 
@@ -62,10 +70,7 @@ def beginning(dataset: Dataset, key: str, size: int) -> tuple[list[tuple[str, di
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, dict]]:
-    import pyarrow as pa
-
-    packed = pa.input_stream(str(path), compression="detect")
-    with io.BufferedReader(packed) as lines:
+    with _unpacked(path) as lines:
         for number, line in enumerate(_whole(lines, path), 1):
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
@@ -82,7 +87,27 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict]]:
             yield f"{path}:{number}", row
 
 
-def _whole(lines: Iterable[bytes], path: Path) -> Iterator[bytes]:
+def _table(path: Path, between: str) -> Iterator[tuple[str, dict]]:
+    """The rows of a table; all cells are text, as they stand."""
+    csv.field_size_limit(_LONGEST_CELL)
+    with io.TextIOWrapper(_unpacked(path), "utf-8-sig", newline="") as lines:
+        rows = csv.DictReader(_whole(lines, path), delimiter=between)
+        try:
+            for row in rows:
+                yield f"{path}:{rows.line_num}", row
+        except csv.Error as error:
+            raise ValueError(f"{path}:{rows.line_num}: is no row of a table ({error})") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: is not UTF-8 ({error.reason} after line {rows.line_num})") from None
+
+
+def _unpacked(path: Path) -> io.BufferedReader:
+    import pyarrow as pa
+
+    return io.BufferedReader(pa.input_stream(str(path), compression="detect"))
+
+
+def _whole(lines: Iterable[T], path: Path) -> Iterator[T]:
     try:
         yield from lines
     except OSError as error:  # pyarrow's, of a packed file that is damaged
@@ -94,14 +119,12 @@ def _with_datasets(dataset: Dataset, path: Path, key: str) -> Iterator[tuple[str
 
     if path.suffix == ".parquet" and path.is_file():
         how: dict[str, Any] = {"path": "parquet", "data_files": str(path), "split": "train", "streaming": True}
-    elif (between := _TABLES.get(path.suffix)) and path.is_file():
-        how = {"path": "csv", "data_files": str(path), "split": "train", "streaming": True, "delimiter": between}
     elif path.is_file():
         raise ValueError(
-            f"{key}: {dataset.data} is of a type that is not read; give .jsonl (also .gz, .bz2, .zst), .parquet, .csv, "
-            ".tsv, a folder or a hub id"
+            f"{key}: {dataset.data} is of a type that is not read; give .jsonl, .csv or .tsv (also .gz, .bz2, .zst), "
+            ".parquet, a folder or a hub id"
         )
-    elif path.exists() or not path.is_absolute() and path.suffix not in (".jsonl", ".json", ".parquet"):
+    elif path.exists() or not path.is_absolute() and not path.name.endswith(_FILES):
         how = {"path": str(path) if path.exists() else dataset.data, "name": dataset.subset, "split": dataset.split}
     else:
         raise ValueError(f"{key}: {dataset.data} does not exist; give a .jsonl or .parquet file, a folder or a hub id")
@@ -152,10 +175,16 @@ def to_sample(row: dict, where: str, domain: str | None) -> Sample | None:
 
 def turns_of(row: dict) -> Any:
     """The turns of a row that is a chat, None where it is none."""
-    turns = row.get("messages") or row.get("conversations")
-    if isinstance(turns, dict) and turns and all(isinstance(column, list) for column in turns.values()):
-        return [dict(zip(turns, turn, strict=False)) for turn in zip(*turns.values(), strict=False)]  # a table of turns
-    return turns
+    return _listed(row.get("messages")) or _listed(row.get("conversations"))
+
+
+def _listed(turns: Any) -> Any:
+    """A chat's turns in a list, also where they stand in columns of one length."""
+    if not isinstance(turns, dict) or not all(isinstance(column, list) for column in turns.values()):
+        return turns
+    if len({len(column) for column in turns.values()}) > 1:
+        return turns
+    return [dict(zip(turns, turn, strict=True)) for turn in zip(*turns.values(), strict=True)]
 
 
 def _told(turns: Sequence[object], where: str) -> tuple[Message, ...]:
@@ -172,11 +201,10 @@ def _told(turns: Sequence[object], where: str) -> tuple[Message, ...]:
 
 def _unsaid(turn: object) -> bool:
     """Whether it is the system's turn in a chat that has none: datasets of one schema leave it empty."""
-    return (
-        isinstance(turn, dict)
-        and turn.get("role", turn.get("from")) == "system"
-        and (turn.get("content", turn.get("value")) is None)
-    )
+    if not isinstance(turn, dict) or str(turn.get("role", turn.get("from"))).lower() != "system":
+        return False
+    told = [turn[key] for key in ("content", "value") if key in turn]
+    return bool(told) and all(value is None for value in told)
 
 
 def _message(turn: object, where: str) -> Message | None:

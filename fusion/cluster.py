@@ -16,7 +16,7 @@ _LONGEST_MEETING, _LONGEST_WAIT = (
     timedelta(minutes=30),
     timedelta(days=7),
 )  # at the start, and in the course of the work
-_LONGEST_COMPILE_S = 900  # of a DeepSpeed op, one that was compiled before by another ninja too
+_LONGEST_COMPILE_S, _LONGEST_LOOK_S = 900, 120  # of a DeepSpeed op, and of one that was compiled before
 _FIRST_S = 3  # what all ranks meet is said by the first of them, before the launcher stops the others
 _CLOSED = "closed"
 
@@ -76,8 +76,7 @@ def start() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # told, DeepSpeed does not guess and warn
         if os.access(sys.prefix, os.W_OK):  # its CPU op is compiled once for this environment, not again for each
             os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
-        _drop_stale_locks()
-        _prefer_own_ninja()
+    _drop_stale_locks(_prefer_own_ninja())
     import deepspeed
 
     backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -256,20 +255,27 @@ def gather(value: T) -> list[T]:
     return boxes
 
 
-def _drop_stale_locks() -> None:
-    """Remove locks left by a process that was killed while it compiled: whoever comes later would wait for ever."""
+def _drop_stale_locks(own: bool) -> None:
+    """Remove locks left by a process that was killed while it compiled: whoever comes later would wait for ever.
+
+    Args:
+        own: the ninja is always the same, so that what was compiled once is only looked at.
+    """
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
     for lock in folder.glob("**/lock"):
         with suppress(FileNotFoundError):  # another rank was first
-            if time.time() - lock.stat().st_mtime > _LONGEST_COMPILE_S:
+            longest = _LONGEST_LOOK_S if own and any(lock.parent.glob("*.so")) else _LONGEST_COMPILE_S
+            if time.time() - lock.stat().st_mtime > longest:
                 lock.unlink()
 
 
-def _prefer_own_ninja() -> None:
-    """Let torch find this environment's ninja first: to another one, what this one compiled is to be compiled anew."""
+def _prefer_own_ninja() -> bool:
+    """Let torch find this environment's ninja first, if there is one: to another, all is to be compiled anew."""
     scripts = sysconfig.get_path("scripts")
-    if os.access(os.path.join(scripts, "ninja"), os.X_OK):
+    there = os.access(os.path.join(scripts, "ninja"), os.X_OK)
+    if there:
         os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", os.defpath)])
+    return there
 
 
 def _free_port() -> int:

@@ -208,11 +208,12 @@ def _show_training(config: Config) -> None:
     zero, lora = config_file.deepspeed(config.distill.deepspeed).get("zero_optimization", {}), config.distill.lora
     stage, parts = zero.get("stage", 0), sizes.state_parts(zero, lora is not None)
     whole = pivot * sum(sizes.STATE_BYTES[part] for part in parts)
+    saved = sizes.checkpoints_bytes(pivot, stage, config.distill)
     tracking.say(
         f"training state of one target ({', '.join(parts) or 'all offloaded'}): {sizes.in_bytes(whole)} in all; under "
         f"ZeRO-{stage} on {sizes.NODE} devices "
         f"{sizes.in_bytes(sizes.state_a_device(pivot, stage, sizes.NODE, parts))} each, and activations; "
-        f"up to {sizes.in_bytes(sizes.checkpoints_bytes(pivot, lora is not None))} more on disk for its checkpoints"
+        f"up to {sizes.in_bytes(saved)} more on disk for its checkpoints"
     )
 
 

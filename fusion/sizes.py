@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from math import ceil, prod
 from typing import Any
 
-from fusion.config import Capture
+from fusion.config import Capture, Distill
 
 BYTES_PER_TOKEN = 4.0  # English prose under vocabularies of 32,000 to 150,000 ids
 DEVICE_FLOPS = 400e12  # a second: bfloat16 on an H100 at 40% of its peak
@@ -50,7 +50,7 @@ def state_parts(zero: Mapping[str, Any], lora: bool) -> tuple[str, ...]:
         zero: `zero_optimization` of the DeepSpeed file; what it offloads is elsewhere.
     """
     offloaded = {"optimizer": "offload_optimizer", "weights": "offload_param"}
-    away = [part for part, key in offloaded.items() if (zero.get(key) or {}).get("device", "none") != "none"]
+    away = [part for part, key in offloaded.items() if _device(zero.get(key)) != "none"]
     return tuple(part for part in (["weights"] if lora else STATE_BYTES) if part not in away)
 
 
@@ -60,10 +60,21 @@ def state_a_device(parameters: float, stage: int, devices: int, parts: Iterable[
     return parameters * sum(STATE_BYTES[part] / (devices if sharded[part] else 1) for part in parts)
 
 
-def checkpoints_bytes(parameters: float, lora: bool) -> float:
-    """Bytes that a training has on the disk at its most: two checkpoints, the next one, and the best weights so far."""
-    each = STATE_BYTES["weights"] + (0 if lora else STATE_BYTES["optimizer"])
-    return parameters * (3 * each + STATE_BYTES["weights"])
+def _device(offload: Any) -> str:
+    return str(offload.get("device", "none")) if isinstance(offload, dict) else "none"
+
+
+def checkpoints_bytes(parameters: float, stage: int, settings: Distill) -> float:
+    """Bytes that a training has on the disk at its most: two checkpoints, the next one, and weights put aside.
+
+    Below ZeRO-3 a checkpoint has the weights twice, transformers' and DeepSpeed's. Weights are put aside at each
+    evaluation that is the best so far, and those before go with the next checkpoint. Low-rank updates are small.
+    """
+    if settings.lora is not None:
+        return parameters * 3 * STATE_BYTES["weights"]
+    each = STATE_BYTES["weights"] * (1 if stage == 3 else 2) + STATE_BYTES["optimizer"]
+    aside = max(settings.evaluations - 1, 0) if settings.keep == "best" else 0
+    return parameters * (3 * each + aside * STATE_BYTES["weights"])
 
 
 def product(*factors: float | None) -> float | None:

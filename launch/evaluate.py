@@ -43,7 +43,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--project", default="fusion", help="of wandb (default: fusion)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
     bits = parser.add_argument_group("bits per byte")
-    bits.add_argument("--data", help="a .jsonl or .parquet file, a folder or a hub dataset")
+    bits.add_argument("--data", help="a .jsonl, .parquet or .csv file, a folder or a hub dataset")
     bits.add_argument("--domain", help="one name for all rows; else the row's domain or source")
     bits.add_argument("--split", default="train", help="of a hub dataset (default: train)")
     bits.add_argument("--subset", help="of a hub dataset")

@@ -482,6 +482,6 @@ def test_weights_that_are_not_numbers(tree: dict[str, Any], refused: Refused, tm
 def test_torch_finds_this_environments_ninja(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of them take turns to compile DeepSpeed's op anew."""
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    cluster._prefer_own_ninja()
+    assert cluster._prefer_own_ninja()
     found = shutil.which("ninja")
     assert found and Path(found).parent == Path(sysconfig.get_path("scripts"))

@@ -56,6 +56,7 @@ EQUAL = [model(1, weight=1.0), model(2, weight=1.0), model(3, weight=1.0)]
 WEIGHED = [model(1, weight=1.0), model(2, weight=0.5), model(3, weight=0.8)]
 ALONE = [model(1), model(2), model(3)]
 OPPOSED = [model(1, weight=0.7), model(2, weight=-0.2)]
+MLPS = [{"filter": "mlp", "value": 0.5}, {"value": 0}]
 PAIR = [model(1, weight=0.3), model(2, weight=0.9)]
 SLICES = [
     {"sources": [{"model": "model-1", "layer_range": [0, 2]}]},
@@ -100,6 +101,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "ties, density over the layers": merged_by(
         "ties", [model(1, weight=1.0, density=[1.0, 0.53, 0.2]), model(2, weight=0.5)], density=0.2
     ),
+    "ties, the MLPs alone": merged_by("ties", [model(1, weight=MLPS), model(2, weight=MLPS)], density=0.53),
+    "task_arithmetic, weights that cancel": merged_by(
+        "task_arithmetic", [model(1, weight=1.0), model(2, weight=-1.0)], normalize=True
+    ),
+    "ties, weights that cancel": merged_by("ties", [model(1, weight=1.0), model(2, weight=-1.0)], density=0.53),
     "breadcrumbs": merged_by("breadcrumbs", WEIGHED, density=0.9, gamma=0.01),
     "breadcrumbs, few without many outliers": merged_by("breadcrumbs", WEIGHED, density=0.4, gamma=0.15),
     "breadcrumbs, few": merged_by("breadcrumbs", WEIGHED, density=0.2, gamma=0.01),

@@ -15,7 +15,7 @@ from data_prep import stage as prepare
 from data_prep.samples import beginning, read_rows
 from fusion import costs, pipeline, sizes, survey, tracking
 from fusion.capture.cache import Cache
-from fusion.config import Capture, Config, Dataset, Model, Prepare
+from fusion.config import Capture, Config, Dataset, Distill, Lora, Model, Prepare
 from fusion.corpus import Corpus
 
 
@@ -95,7 +95,11 @@ def test_hours_devices_and_nodes_by_hand() -> None:
     assert sizes.state_parts({}, False) == ("optimizer", "gradients", "weights")
     assert sizes.state_parts(away, False) == ("gradients", "weights") and sizes.state_parts(away, True) == ("weights",)
     assert sizes.state_a_device(6.74e9, 2, 8, sizes.state_parts(away, False)) == pytest.approx(15.165e9)
-    assert sizes.checkpoints_bytes(1e9, False) == 44e9 and sizes.checkpoints_bytes(1e9, True) == 8e9
+    assert sizes.state_parts({"offload_optimizer": "cpu"}, True) == ("weights",)
+    found = [sizes.checkpoints_bytes(1e9, stage, Distill(evaluations=2)) for stage in (0, 2, 3)]
+    assert found == [50e9, 50e9, 44e9]
+    assert sizes.checkpoints_bytes(1e9, 3, Distill(keep="last")) == 42e9
+    assert sizes.checkpoints_bytes(1e9, 3, Distill(lora=Lora())) == 6e9
 
 
 def test_figures_as_people_read_them() -> None:

@@ -595,6 +595,19 @@ def test_tables_are_read_and_other_files_are_refused(tmp_path: Path) -> None:
     for name in ("a.csv", "a.tsv"):
         ((_, row),) = read_rows(Dataset(str(tmp_path / name)), "data")
         assert row == {"text": "one, two", "domain": "x"}
+    (tmp_path / "b.csv").write_text('text,n\nNone,1\n"a\nb",\n12,2\n')  # all is text
+    found = list(read_rows(Dataset(str(tmp_path / "b.csv")), "data"))
+    assert [row for _, row in found] == [
+        {"text": "None", "n": "1"},
+        {"text": "a\nb", "n": ""},
+        {"text": "12", "n": "2"},
+    ]
+    assert found[2][0].endswith("b.csv:5")
+    (tmp_path / "c.csv").write_bytes(b"text\n\xff\n")
+    with pytest.raises(ValueError, match="c.csv: is not UTF-8"):
+        list(read_rows(Dataset(str(tmp_path / "c.csv")), "data"))
+    with pytest.raises(ValueError, match="^data: train.csv does not exist"):
+        next(read_rows(Dataset("train.csv"), "data"))
     (tmp_path / "a.txt").write_text("one")
     with pytest.raises(ValueError, match="^data: .*a.txt is of a type that is not read; give .jsonl"):
         next(read_rows(Dataset(str(tmp_path / "a.txt")), "data"))
@@ -606,3 +619,10 @@ def test_chats_as_datasets_hold_them() -> None:
     unsaid = [{"role": "system", "content": None}, *turns]  # all rows have the turn, some say nothing in it
     found = [to_sample(row, "here", None) for row in ({"conversations": told}, {"messages": unsaid})]
     assert found == [to_sample({"messages": turns}, "here", None)] * 2 and found[0] is not None
+    assert to_sample({"messages": {"role": [], "content": []}, "text": "x"}, "here", None) == to_sample(
+        {"text": "x"}, "here", None
+    )
+    with pytest.raises(ValueError, match="`messages` is not a list"):
+        to_sample({"messages": {"role": ["user", "assistant"], "content": ["q"]}}, "here", None)
+    with pytest.raises(ValueError, match="a message is not"):
+        to_sample({"messages": [{"role": "system", "text": "be brief"}, *turns]}, "here", None)

@@ -401,7 +401,9 @@ def test_card_tells_what_is_needed(tmp_path: Path) -> None:
 def test_a_source_that_was_not_measured_taught_all_the_same(tmp_path: Path) -> None:
     """Its cache was given, or it has no figure."""
     whole = summary()
-    told = summary(models=tuple(m for m in whole.models if m.role != "source"))
+    pivot = StageFacts("align/pivot", 1.0, {"coverage": 1.0})  # it taught itself
+    others = tuple(m for m in whole.models if m.role != "source")
+    told = summary(models=others, stages=(*whole.stages, pivot))
     assert told.sources == ("llama",) and whole.sources == ("llama", "qwen")  # qwen has no stage here
     card = model_card(told, config(tmp_path))
     assert "- llama: [Qwen/Qwen3-4B](https://huggingface.co/Qwen/Qwen3-4B)\n- qwen: " in card
@@ -532,12 +534,14 @@ def test_a_release_is_published_once_and_after_all_else(
     out = Artifact.planned(tmp_path / "run", "release", "", {}, {})
     shutil.copytree(checkpoint, out.folder / "checkpoint", ignore=shutil.ignore_patterns("run"))
     write_report(summary(), out.folder)
+    (out.folder / "checkpoint/README.md").write_text("a card")
     out.publish({}, 1.0)
     monkeypatch.setattr(Hub, "fails", ConnectionError("no route"))
     with pytest.raises(ValueError, match="release.hub: me/tiny could not be published"):
         stage.announce(told, out)
     assert (tmp_path / "run/fused").is_symlink() and "checkpoint" in said[-1]
     monkeypatch.setattr(Hub, "fails", None)
+    (out.folder / "checkpoint/README.md").write_text("a better card")
     stage.announce(told, out)
     assert ("upload", ("me/tiny", out.folder / "checkpoint")) in Hub.asked
     Hub.asked = []

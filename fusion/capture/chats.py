@@ -1,7 +1,7 @@
 """Whether all models' templates can show the chats: asked before hours of reading, not within them."""
 
+import itertools
 from collections.abc import Iterator, Mapping
-from itertools import islice
 from pathlib import Path
 
 from fusion import hub, tracking
@@ -38,9 +38,9 @@ def try_templates(config: Config, folders: Mapping[str, Path], prepared: Path) -
         renderer = Renderer(hub.load_tokenizer(model, folders[model.name]), model.name, hub.template_of(model))
         remedy = f"set {keys.get(model.name, 'pivot.template')} to plain or a Jinja file"
         try:
+            whole = itertools.chain(*(parts[part] for part in reads))
             total = sum(len(parts[part]) for part in reads)
-            chats = (sample for part in reads for sample in _chats(parts[part]))
-            _show_all(renderer, tracking.progress(chats, f"chat template of {model.name}", total))
+            _show_all(renderer, tracking.progress(whole, f"chat template of {model.name}", total))
             found = [renderer.render(sample) for part in reads for sample in some[part]]
             answered = any(message.role == _ANSWERED for part in reads for s in some[part] for message in s.messages)
             if answered and not any((shown.carries == Carries.END).any() for shown in found):
@@ -52,10 +52,12 @@ def try_templates(config: Config, folders: Mapping[str, Path], prepared: Path) -
             raise ValueError(f"{error}; {remedy} that shows them, or leave such chats out of prepare.data") from error
 
 
-def _show_all(renderer: Renderer, chats: Iterator[Sample]) -> None:
+def _show_all(renderer: Renderer, samples: Iterator[Sample]) -> None:
     """ValueError with the first chat that the template cannot show, and how many there are of them."""
     first, refused, count = None, 0, 0
-    for sample in chats:
+    for sample in samples:
+        if not sample.messages:
+            continue
         count += 1
         try:
             renderer.check(sample)
@@ -66,15 +68,10 @@ def _show_all(renderer: Renderer, chats: Iterator[Sample]) -> None:
 
 
 def _some(corpus: Corpus) -> list[Sample]:
-    chats = list(_chats(corpus, _GROUPS))
+    found = (sample for n in range(min(corpus.groups, _GROUPS)) for sample in corpus.group(n))
+    chats = [sample for sample in found if sample.messages]
     orders: dict[tuple[str, ...], Sample] = {}
     for sample in chats:
         orders.setdefault(tuple(message.role for message in sample.messages), sample)
-    found = [*chats[:_FIRST], *islice(orders.values(), _ORDERS)]
-    return list({sample.id: sample for sample in found}.values())
-
-
-def _chats(corpus: Corpus, groups: int | None = None) -> Iterator[Sample]:
-    """Those of the first so many groups, or of all."""
-    for n in range(corpus.groups if groups is None else min(corpus.groups, groups)):
-        yield from (sample for sample in corpus.group(n) if sample.messages)
+    chosen = [*chats[:_FIRST], *itertools.islice(orders.values(), _ORDERS)]
+    return list({sample.id: sample for sample in chosen}.values())

@@ -144,7 +144,8 @@ class Summary:
     def sources(self) -> tuple[str, ...]:
         """Who taught, measured or not: the weights of one whose cache was given need not be here."""
         aligned = (s.label.removeprefix("align/") for s in self.stages if s.label.startswith("align/"))
-        return tuple(dict.fromkeys([*aligned, *(m.name for m in self.having("source"))]))
+        taught = dict.fromkeys([*aligned, *(m.name for m in self.having("source"))])
+        return tuple(name for name in taught if name != self.pivot.name)  # it may teach, too
 
     def having(self, role: Role) -> tuple[Scored, ...]:
         """The models of a role."""
