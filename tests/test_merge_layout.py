@@ -357,6 +357,9 @@ class Joined:
     def is_vocabulary(self, name: str, shape: tuple[int, ...], config: dict[str, Any]) -> bool:
         return shape[0] == config["vocab_size"] and len(shape) == 2
 
+    def refuse_unknown(self, which: int, name: str, shape: tuple[int, ...]) -> None:
+        assert ROWS not in shape
+
     def view(self, which: int, name: str, view: View) -> View:
         self.asked.append((which, name))
         return _Longer(view)
