@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-_LONGEST_MEETING, _LONGEST_WAIT = (
-    timedelta(minutes=30),
-    timedelta(days=7),
-)  # at the start, and in the course of the work
+_LONGEST_MEETING = timedelta(minutes=30)  # at the start
+_LONGEST_WAIT = timedelta(days=7)  # in the course of the work
 _LONGEST_COMPILE_S, _LONGEST_LOOK_S = 900, 120  # of a DeepSpeed op, and of one that was compiled before
 _FIRST_S = 3  # what all ranks meet is said by the first of them, before the launcher stops the others
 _CLOSED = "closed"
@@ -83,13 +81,11 @@ def start() -> None:
     try:
         store, number, many = next(torch.distributed.rendezvous("env://", timeout=_LONGEST_MEETING))
     except torch.distributed.DistError as error:
-        where = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+        told = f"the ranks do not meet at {address}:{port}: {' '.join(str(error).split())[:160]}"
         if "EADDRINUSE" in str(error):
-            port = os.environ.get("MASTER_PORT")
-            raise ValueError(
-                f"port {port} is another run's; start this one with deepspeed --master_port NUMBER"
-            ) from None
-        raise ValueError(f"the ranks do not meet at {where}: {' '.join(str(error).split())[:160]}") from None
+            told = f"port {port} is another run's; start this one with deepspeed --master_port NUMBER"
+        raise ValueError(told) from None
     store.set_timeout(_LONGEST_WAIT)  # while one rank downloads, hashes or merges what can be hundreds of gigabytes
     bound = torch.device("cuda", local_rank()) if backend == "nccl" and many > 1 else None
     torch.distributed.init_process_group(

@@ -105,7 +105,8 @@ def _measure(arguments: argparse.Namespace) -> bool:
                             }
                             for task, metrics in found.items()
                         }
-                        rows = [*(held for held in rows if held is not row), row]
+                        if not samples:
+                            rows.append(row)
                         _write(arguments, rows)
                         tracker.log(_scores(row))
                     finished += 1

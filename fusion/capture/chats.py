@@ -12,7 +12,6 @@ from fusion.tokens.render import Renderer
 
 _GROUPS = 64  # of a part from which chats are read whole; samples stand in the order of their hashes
 _FIRST, _ORDERS = 64, 256  # chats of a part that are read whole whatever they are, and orders of roles
-_ANSWERED = "assistant"
 
 
 def try_templates(config: Config, folders: Mapping[str, Path], prepared: Path) -> None:
@@ -42,7 +41,7 @@ def try_templates(config: Config, folders: Mapping[str, Path], prepared: Path) -
             total = sum(len(parts[part]) for part in reads)
             _show_all(renderer, tracking.progress(whole, f"chat template of {model.name}", total))
             found = [renderer.render(sample) for part in reads for sample in some[part]]
-            answered = any(message.role == _ANSWERED for part in reads for s in some[part] for message in s.messages)
+            answered = any(message.role == "assistant" for part in reads for s in some[part] for message in s.messages)
             if answered and not any((shown.carries == Carries.END).any() for shown in found):
                 tracking.say(
                     f"  {model.name}: its chat template ends turns in no special token, so that nothing teaches to "
